@@ -1,0 +1,159 @@
+"""What the model is: sizes, attention, routing. How it is computed lives in `precision.py` and `execution.py`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work: names the field, its value, and what would work."""
+
+
+def divisors(n: int) -> str:
+    """The divisors of `n` as a sentence fragment for error messages: "1, 2, 4 or 8"."""
+    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
+
+
+def require_positive(config: object, *fields: str) -> None:
+    """Raises ConfigError for the first of `fields` that is not a whole number of at least 1."""
+    for name in fields:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r}: give a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), `rotate_half` convention.
+
+    With `ntk_alpha` the base becomes theta · alpha^(H/(H-2)): Hunyuan-Large uses alpha 1e5 (Pretrain) or 1e3
+    (Instruct) on theta 1e4 (released code, HunYuanDynamicNTKAlphaRotaryEmbedding).
+    """
+
+    theta: float = 10_000.0
+    ntk_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta <= 0:
+            raise ConfigError(f"rope.theta={self.theta}: give a positive base, such as 10000.0")
+        if self.ntk_alpha is not None and self.ntk_alpha <= 0:
+            raise ConfigError(f"rope.ntk_alpha={self.ntk_alpha}: give a positive alpha, or None for plain RoPE")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Which experts take a token, and what keeps them evenly loaded.
+
+    capacity_factor: None is dropless. Otherwise an expert takes at most ceil(factor · K · T / E) rows of one sequence
+        (GShard's groups, arXiv 2006.16668 §2.2; here a group is a sequence, so a run's drops do not depend on how
+        its batch is sharded).
+    overflow: what happens to rows over capacity. "drop" leaves them to the shared expert and the residual;
+        "recycle" gives them a random free slot of another expert (Hunyuan-Large report, arXiv 2411.02265 §2.1).
+    balance: "aux_loss" adds the load-balance loss (Switch, arXiv 2101.03961 eq. 4); "bias" shifts each expert's
+        selection score instead, without a loss (arXiv 2408.15664); "none" does neither.
+    """
+
+    top_k: int = 1
+    renormalize: bool | None = None
+    capacity_factor: float | None = None
+    overflow: Literal["drop", "recycle"] = "drop"
+    balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
+    aux_loss_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        require_positive(self, "top_k")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ConfigError(
+                f"router.capacity_factor={self.capacity_factor}: give a positive factor (1.25 is usual), "
+                "or None for dropless routing"
+            )
+        if self.overflow == "recycle" and self.capacity_factor is None:
+            raise ConfigError(
+                "router.overflow='recycle' with router.capacity_factor=None: dropless routing never overflows; "
+                "give a capacity_factor of at least 1.0, or set overflow='drop'"
+            )
+        if self.overflow == "recycle" and self.capacity_factor is not None and self.capacity_factor < 1.0:
+            raise ConfigError(
+                f"router.overflow='recycle' with router.capacity_factor={self.capacity_factor}: there are fewer slots "
+                "than rows, so not every dropped row can be recycled; give a capacity_factor of at least 1.0"
+            )
+        for name in ("aux_loss_weight", "z_loss_weight", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"router.{name}={getattr(self, name)}: give a number of at least 0")
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the chosen experts' weights are scaled to sum 1: by default for top-k of k > 1 only, as released."""
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Hunyuan-shaped mixture-of-experts transformer. Axis letters in brackets.
+
+    d_model [D], num_layers [L], num_heads [N], num_kv_heads [M], head_dim [H], num_experts [E], vocab_size [V].
+    d_expert: hidden width [F] of one routed expert; a shared expert has the same, so that `num_shared_experts` of
+        them are one feed-forward layer of num_shared_experts · d_expert (released code, HunYuanMLP is_shared_mlp).
+    d_dense: hidden width of the layers that are dense: the first `num_dense_layers`, or all where num_experts is 0.
+    cla_factor: layers that share one key and value projection (cross-layer attention, arXiv 2405.12981); 1 is none.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    d_expert: int = 0
+    num_shared_experts: int = 1
+    d_dense: int = 0
+    num_dense_layers: int = 0
+    cla_factor: int = 1
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cla_factor"
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                f"use {divisors(self.num_heads)} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim}: RoPE turns pairs of channels, give an even width")
+        if self.num_experts < 0 or self.num_shared_experts < 0 or self.num_dense_layers < 0:
+            raise ConfigError("num_experts, num_shared_experts and num_dense_layers must be at least 0")
+        if self.num_dense_layers > self.num_layers:
+            raise ConfigError(
+                f"num_dense_layers={self.num_dense_layers} of num_layers={self.num_layers}: give at most all of them"
+            )
+        if self.has_moe:
+            require_positive(self, "d_expert")
+            if self.router.top_k > self.num_experts:
+                raise ConfigError(
+                    f"router.top_k={self.router.top_k} of num_experts={self.num_experts}: "
+                    f"choose between 1 and {self.num_experts}"
+                )
+        if self.has_dense:
+            require_positive(self, "d_dense")
+
+    @property
+    def has_moe(self) -> bool:
+        return self.num_experts > 0 and self.num_dense_layers < self.num_layers
+
+    @property
+    def has_dense(self) -> bool:
+        return self.num_experts == 0 or self.num_dense_layers > 0
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, has a plain feed-forward network instead of experts."""
+        return self.num_experts == 0 or layer < self.num_dense_layers
