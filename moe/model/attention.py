@@ -1,0 +1,99 @@
+"""Grouped-query attention with RoPE, per-head QK-norm and keys and values shared between layers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.parameter import matrix, norm_scale
+from moe.model.precision import Precision
+from moe.ops.attention import attention
+from moe.ops.norm import rms_norm
+from moe.ops.rope import apply_rope
+from parallel.layout import Layout
+
+
+class Sight(NamedTuple):
+    """What a token may look at, the same for all layers.
+
+    positions_BT: i32, from 0 in each document.
+    segments_BT: i32, the document of each token; 0 is padding.
+    rope: tables of cos and sin for `positions_BT`.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    rope: tuple[jax.Array, jax.Array]
+
+
+class SharedKeyValue(NamedTuple):
+    """Keys and values of one cross-layer group: k_BSMH with RoPE and, with QK-norm, normalised but not yet scaled."""
+
+    k_BSMH: jax.Array
+    v_BSMH: jax.Array
+
+
+class Attention(nnx.Module):
+    """Attention of one layer (released code, HunYuanAttention): RoPE first, then RMSNorm of each head's q and k.
+
+    In a cross-layer group the first layer projects k and v, and the others take them, each with its own key norm.
+    RoPE and the norm's division are the same for all of them, so they are done once, and each layer's key-norm weight
+    w is folded into its query: q · (w∘k) = (w∘q) · k.
+    """
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, execution: Execution, *, projects_kv: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.eps = config.norm_eps
+        self.dtype = precision.compute_dtype
+        self.backend = execution.attention
+        D, N, M, H, std = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.init_std
+        self.w_q_DNH = matrix("DNH", (D, N, H), "attention", std, precision, rngs)
+        self.w_o_NHD = matrix("NHD", (N, H, D), "attention", std, precision, rngs)
+        self.projects_kv = projects_kv
+        if projects_kv:
+            self.w_k_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
+            self.w_v_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm_H = norm_scale("H", H, precision)
+            self.k_norm_H = norm_scale("H", H, precision)
+
+    def __call__(
+        self, x_BTD: jax.Array, sight: Sight, shared: SharedKeyValue | None, layout: Layout
+    ) -> tuple[jax.Array, SharedKeyValue]:
+        """
+        Args:
+            shared: keys and values of the group's first layer; None in the first layer itself.
+
+        Returns:
+            y_BTD in the compute format, and the keys and values for the layers that follow in the group.
+        """
+        kv = self._project_kv(x_BTD, sight, layout) if self.projects_kv else shared
+        assert kv is not None, "a layer without its own k and v follows the first of its group"
+        w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
+        q_BTNH = apply_rope(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), sight.rope)
+        if self.qk_norm:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
+            q_BTNH *= self.k_norm_H[...].astype(self.dtype)
+        y_BTNH = attention(
+            q_BTNH,
+            kv.k_BSMH,
+            kv.v_BSMH,
+            segments_BT=sight.segments_BT,
+            segments_BS=sight.segments_BT,
+            backend=self.backend,
+        )
+        w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
+        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), kv
+
+    def _project_kv(self, x_BSD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
+        w_k_DMH = layout.gather(self.w_k_DMH[...].astype(self.dtype), "DMH")
+        w_v_DMH = layout.gather(self.w_v_DMH[...].astype(self.dtype), "DMH")
+        k_BSMH = apply_rope(jnp.einsum("BSD,DMH->BSMH", x_BSD, w_k_DMH), sight.rope)
+        if self.qk_norm:
+            k_BSMH = rms_norm(k_BSMH, None, self.eps)
+        return SharedKeyValue(k_BSMH, jnp.einsum("BSD,DMH->BSMH", x_BSD, w_v_DMH))

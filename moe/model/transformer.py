@@ -1,0 +1,150 @@
+"""The whole model: embedding, stacks of layers under lax.scan, final norm and head."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe.model.attention import Sight
+from moe.model.block import Group
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.moe_layer import MoELayer, MoEStats
+from moe.model.parameter import matrix, norm_scale
+from moe.model.precision import Precision
+from moe.model.remat import rematerialise
+from moe.ops.norm import rms_norm
+from moe.ops.rope import rope_tables
+from parallel.layout import SINGLE_DEVICE, Layout
+
+
+class Output(NamedTuple):
+    """hidden_BTD: after the final norm, in the compute format. stats: of the MoE layers, stacked over L; or None."""
+
+    hidden_BTD: jax.Array
+    stats: MoEStats | None
+
+
+class HunyuanMoE(nnx.Module):
+    """A Hunyuan-shaped decoder (arXiv 2411.02265 §2.1). Parameters are created in the stored format.
+
+    Layers of one kind stand stacked, one stack for each run of equal cross-layer groups, and are scanned: a model of
+    64 layers compiles as fast as one of 2.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.precision = precision
+        self.execution = execution
+        shape = (config.vocab_size, config.d_model)
+        self.embedding_VD = matrix("VD", shape, "embedding", config.init_std, precision, rngs)
+        self.stacks = nnx.List()
+        for dense, repeat in layer_groups(config):
+
+            @nnx.vmap(in_axes=0, out_axes=0)
+            def make_groups(rngs: nnx.Rngs, dense: tuple[bool, ...] = dense) -> Group:
+                return Group(dense, config, precision, execution, rngs=rngs)
+
+            self.stacks.append(make_groups(rngs.split(repeat)))
+        self.norm_D = norm_scale("D", config.d_model, precision)
+        if not config.tie_embeddings:
+            self.head_VD = matrix("VD", shape, "head", config.init_std, precision, rngs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+        layout: Layout = SINGLE_DEVICE,
+    ) -> Output:
+        """
+        Args:
+            tokens_BT: i32.
+            positions_BT: i32, restarting in each document; by default 0 … T-1.
+            segments_BT: i32, the document of each token, 0 for padding; by default one document.
+            key: the step's random key; needed where routing draws at random (router.overflow='recycle').
+            layout: where arrays live.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        rope = self.config.rope
+        tables = rope_tables(positions_BT, self.config.head_dim, theta=rope.theta, ntk_alpha=rope.ntk_alpha)
+        sight = Sight(positions_BT, segments_BT, tables)
+
+        with jax.named_scope("embedding"):
+            # Gathered as stored, so that the gradients of a token seen often are summed in the stored format.
+            embedding_VD = layout.gather(self.embedding_VD[...], "VD")
+            x_BTD = layout.constrain(embedding_VD[tokens_BT].astype(self.precision.compute_dtype), "BTD")
+        found, first_layer = [], 0
+        for stack, (dense, repeat) in zip(self.stacks, layer_groups(self.config), strict=True):
+            x_BTD, stats = self._scan(stack, x_BTD, sight, first_layer, len(dense), repeat, key, layout)
+            first_layer += len(dense) * repeat
+            if stats is not None:
+                found.append(stats)
+        with jax.named_scope("final_norm"):
+            hidden_BTD = rms_norm(x_BTD, self.norm_D[...].astype(x_BTD.dtype), self.config.norm_eps)
+        return Output(hidden_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None)
+
+    def _scan(
+        self,
+        stack: Group,
+        x_BTD: jax.Array,
+        sight: Sight,
+        first_layer: int,
+        layers_per_group: int,
+        repeat: int,
+        key: jax.Array | None,
+        layout: Layout,
+    ) -> tuple[jax.Array, MoEStats | None]:
+        graph, weights = nnx.split(stack)
+
+        def group(x_BTD, weights_and_layer):
+            weights, layer = weights_and_layer
+            return nnx.merge(graph, weights)(x_BTD, sight, layer, key, layout)
+
+        layers = first_layer + layers_per_group * jnp.arange(repeat)
+        x_BTD, stats = jax.lax.scan(rematerialise(group, self.execution.remat), x_BTD, (weights, layers))
+        return x_BTD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
+
+    @property
+    def head_weight_VD(self) -> jax.Array:
+        """The output projection, as stored: the embedding itself where they are tied."""
+        return self.embedding_VD[...] if self.config.tie_embeddings else self.head_VD[...]
+
+    def logits(self, hidden_BTD: jax.Array, layout: Layout = SINGLE_DEVICE) -> jax.Array:
+        """logits_BTV f32 of all positions at once. Training uses moe.train.loss, which never holds them all."""
+        w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+
+    def move_biases(self, load_LE: jax.Array) -> None:
+        """Moves the routers' selection biases in place, for router.balance "bias".
+
+        Args:
+            load_LE: f32, share of the choices that fell on each expert, by MoE layer.
+        """
+        first = 0
+        for stack in self.stacks:
+            layers = [block.feed_forward for block in stack.blocks if isinstance(block.feed_forward, MoELayer)]
+            if layers:
+                repeat = layers[0].router.bias_E[...].shape[0]
+                load_GPE = load_LE[first : first + repeat * len(layers)].reshape(repeat, len(layers), -1)
+                for place, layer in enumerate(layers):
+                    layer.router.move_bias(load_GPE[:, place])
+                first += repeat * len(layers)
+
+
+def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
+    """The layers as runs of equal cross-layer groups: (whether each layer of the group is dense, number of groups).
+
+    64 layers by a CLA factor of 2 are one run of 32 groups; 7 layers by 4 are a group of 4 and a group of 3.
+    """
+    kinds = [config.is_dense(layer) for layer in range(config.num_layers)]
+    factor = config.cla_factor
+    groups = [tuple(kinds[first : first + factor]) for first in range(0, len(kinds), factor)]
+    return [(dense, len(list(run))) for dense, run in itertools.groupby(groups)]

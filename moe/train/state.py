@@ -1,0 +1,117 @@
+"""What training keeps from step to step, and the blueprint from which it is made, sharded from the start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.parameter import ParameterSpec, SelectionBias, specs_of
+from moe.model.precision import Precision
+from moe.model.randomness import Purpose, run_key
+from moe.model.transformer import HunyuanMoE
+from moe.train.optimizer import OptimizerConfig, make_optimizer
+from parallel.layout import Layout
+
+
+class TrainState(NamedTuple):
+    """
+    step: i32[], steps taken.
+    params: the parameters as nested dicts, in the stored format.
+    balance: the routers' selection biases as nested dicts; empty unless router.balance is "bias".
+    opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    balance: dict[str, Any]
+    opt_state: optax.OptState
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything about a run's state that is known without an array."""
+
+    config: ModelConfig
+    precision: Precision
+    execution: Execution
+    layout: Layout
+    graph: nnx.GraphDef
+    specs: dict[str, Any]
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[jax.Array], jax.Array]
+
+    def model(self, state: TrainState) -> HunyuanMoE:
+        """The model with the state's parameters."""
+        return nnx.merge(self.graph, state.params, state.balance)
+
+    def new_state(self, key: jax.Array) -> TrainState:
+        """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
+        model = HunyuanMoE(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
+        _, params, balance = nnx.split(model, nnx.Param, SelectionBias)
+        params = nnx.to_pure_dict(params)
+        opt_state = self.optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(balance), opt_state)
+
+    def shardings(self) -> TrainState | None:
+        """Where each array of the state lives: optimizer states with their parameters; None on a single device.
+
+        Raises:
+            LayoutError: a parameter does not divide over the mesh.
+        """
+        if self.layout.mesh is None:
+            return None
+        whole = self.layout.whole()
+        params = jax.tree.map(
+            lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec
+        )
+        abstract = jax.eval_shape(self.new_state, jax.random.key(0))
+        opt_state = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            abstract.opt_state,
+            params,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state)
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
+        abstract = jax.eval_shape(self.new_state, jax.random.key(0))
+        shardings = self.shardings()
+        if shardings is None:
+            return abstract
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+        )
+
+    def create_state(self, seed: int) -> TrainState:
+        """A fresh state, each array made on the devices that keep it; the same numbers on every mesh."""
+        return jax.jit(self.new_state, out_shardings=self.shardings())(run_key(seed, Purpose.INITIALIZE))
+
+
+def make_blueprint(
+    config: ModelConfig,
+    precision: Precision,
+    execution: Execution,
+    optimizer: OptimizerConfig,
+    layout: Layout,
+    *,
+    steps: int,
+) -> Blueprint:
+    """Plans a run of `steps` steps. Makes no array."""
+    model = nnx.eval_shape(lambda: HunyuanMoE(config, precision, execution, rngs=nnx.Rngs(0)))
+    graph, _, _ = nnx.split(model, nnx.Param, SelectionBias)
+    specs = specs_of(model)
+    transformation, learning_rate = make_optimizer(optimizer, specs, steps)
+    return Blueprint(config, precision, execution, layout, graph, specs, transformation, learning_rate)
+
+
+def is_spec(x: Any) -> bool:
+    """For `is_leaf`: whether x is one parameter's spec."""
+    return isinstance(x, ParameterSpec)

@@ -1,0 +1,173 @@
+"""One optimizer step: gradients over microbatches, update, balancing, and what is told about it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe.model.moe_layer import MoEStats
+from moe.model.parameter import SelectionBias
+from moe.model.randomness import Purpose, run_key
+from moe.train.data import Batch
+from moe.train.loss import cross_entropy_sum
+from moe.train.state import Blueprint, TrainState
+from parallel.layout import Layout
+
+
+class LayerStats(NamedTuple):
+    """Routing of one step by MoE layer, over the whole batch. All f32.
+
+    load_LE: share of the choices per expert before drops, sums to 1 over E.
+    dropped_L, recycled_L: shares of the choices over capacity.
+    entropy_L: mean router entropy, nats.
+    wire_bytes_L: bytes that one device sends for the layer's exchange in the step, forward and backward.
+    """
+
+    load_LE: jax.Array
+    dropped_L: jax.Array
+    recycled_L: jax.Array
+    entropy_L: jax.Array
+    wire_bytes_L: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Of one step, before its update. f32[] but for `tokens`.
+
+    loss: mean next-token cross-entropy, nats.
+    aux_loss, z_loss: mean over MoE layers, before their weights.
+    grad_norm: global norm before clipping.
+    tokens: i32[], predicted tokens.
+    layers: None where the model has no MoE layer.
+    """
+
+    loss: jax.Array
+    aux_loss: jax.Array
+    z_loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array
+    layers: LayerStats | None
+
+
+def make_train_step(
+    blueprint: Blueprint, *, seed: int, microbatches: int = 1, loss_chunk: int = 512
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted step; it takes the state over (donated) and returns the next.
+
+    Args:
+        seed: of the run; the step folds in its own number.
+        microbatches: parts of the batch that are computed one after the other, their gradients summed. Routing's
+            auxiliary losses are means over each part.
+        loss_chunk: positions whose logits exist at once.
+    """
+    layout, router = blueprint.layout, blueprint.config.router
+    accumulated = jnp.dtype(blueprint.precision.gradients)
+
+    def objective(params: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
+        model = blueprint.model(TrainState(None, params, balance, None))
+        hidden_BTD, stats = model(
+            batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout
+        )
+        loss = cross_entropy_sum(
+            hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
+        )
+        total = loss / num_targets
+        if stats is not None:
+            aux_weight = router.aux_loss_weight if router.balance == "aux_loss" else 0.0
+            total += (aux_weight * stats.aux_loss.sum() + router.z_loss_weight * stats.z_loss.sum()) / microbatches
+        return total, (loss, stats)
+
+    def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
+        def one(number: jax.Array, part: Batch):
+            take = jax.grad(objective, has_aux=True)
+            grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
+            return jax.tree.map(lambda g: g.astype(accumulated), grads), told
+
+        if microbatches == 1:
+            return one(jnp.zeros((), jnp.int32), batch)
+
+        def accumulate(summed, numbered):
+            grads, told = one(*numbered)
+            return jax.tree.map(jnp.add, summed, grads), told
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)
+        parts = jax.tree.map(lambda x: split_batch(x, microbatches, layout), batch)
+        grads, (losses, stats) = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
+        return grads, (losses.sum(), merge_microbatches(stats))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        num_targets = batch.weights_BT.sum()
+        key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
+        grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=loss / jnp.maximum(num_targets, 1.0),
+            aux_loss=jnp.zeros(()) if stats is None else stats.aux_loss.mean(),
+            z_loss=jnp.zeros(()) if stats is None else stats.z_loss.mean(),
+            grad_norm=optax.global_norm(grads),
+            learning_rate=jnp.asarray(blueprint.learning_rate(state.step), jnp.float32),
+            tokens=num_targets.astype(jnp.int32),
+            layers=None if stats is None else layer_stats(stats),
+        )
+        balance = state.balance
+        if stats is not None and router.balance == "bias":
+            balance = move_biases(blueprint, state, stats.load_E)
+        return TrainState(state.step + 1, params, balance, opt_state), metrics
+
+    shardings = blueprint.shardings()
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
+
+
+def make_evaluation_step(
+    blueprint: Blueprint, *, loss_chunk: int = 512
+) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
+    """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
+
+    def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = blueprint.model(state)
+        key = run_key(0, Purpose.EVALUATE)
+        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
+        loss = cross_entropy_sum(
+            output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, blueprint.layout
+        )
+        return loss, batch.weights_BT.sum()
+
+    return jax.jit(evaluate)
+
+
+def place_batch(batch: Batch, layout: Layout) -> Batch:
+    """This process's rows of a batch, as global arrays split over the mesh."""
+    sharding = layout.activation("BT")
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def split_batch(x_BT: jax.Array, microbatches: int, layout: Layout) -> jax.Array:
+    """[B, T] as [microbatches, B / microbatches, T]. Row b goes to part b mod microbatches, so that each device cuts
+    its own rows and none move."""
+    parts = x_BT.reshape(-1, microbatches, *x_BT.shape[1:])
+    return layout.constrain(parts.swapaxes(0, 1), "_BT")
+
+
+def merge_microbatches(stats: MoEStats | None) -> MoEStats | None:
+    """Means over the parts, but for bytes, which add up."""
+    if stats is None:
+        return None
+    return jax.tree.map(lambda x: x.mean(0), stats)._replace(wire_bytes=stats.wire_bytes.sum(0))
+
+
+def layer_stats(stats: MoEStats) -> LayerStats:
+    return LayerStats(stats.load_E, stats.dropped, stats.recycled, stats.entropy, stats.wire_bytes)
+
+
+def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
+    """The routers' selection biases after a step in which the experts were loaded so."""
+    model = blueprint.model(state)
+    model.move_biases(load_LE)
+    return nnx.to_pure_dict(nnx.state(model, SelectionBias))

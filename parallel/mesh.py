@@ -1,0 +1,82 @@
+"""The mesh: how many devices along each named axis, and which ones."""
+
+import math
+from dataclasses import dataclass, fields
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+class MeshError(ValueError):
+    """A mesh that cannot be laid over the devices: names the axes, the sizes, and what would work."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; an axis of 1 is off. The order is outermost first: `expert` varies fastest.
+
+    replica: copies of the parameters; each takes its share of the batch.
+    data: shares of the batch over which parameters, gradients and optimizer states are sharded (FSDP, ZeRO-3).
+    expert: devices that share out the experts; they take their share of the batch as well.
+    """
+
+    replica: int = 1
+    data: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in fields(self):
+            size = getattr(self, axis.name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise MeshError(f"mesh.{axis.name}={size!r}: give a whole number of devices, at least 1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices by axis name, outermost first."""
+        return {axis.name: getattr(self, axis.name) for axis in fields(self)}
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Lays `config` over the first devices of this machine, or of all processes.
+
+    Where the platform is CPU and JAX has not started yet, as many virtual devices are made as the mesh needs.
+    The axes are of type Auto: shardings are stated at the boundaries and at a few constraints, and XLA fills in the
+    rest; what must be exact is written in `jax.shard_map`. Explicit axes would have every op of the model name its
+    output's sharding.
+
+    Raises:
+        MeshError: there are fewer devices than the mesh needs.
+    """
+    _request_virtual_devices(config.num_devices)
+    devices = jax.devices()
+    if len(devices) < config.num_devices:
+        asked = " x ".join(f"{name}={size}" for name, size in config.sizes.items())
+        raise MeshError(
+            f"the mesh {asked} needs {config.num_devices} devices, and {len(devices)} {devices[0].platform} "
+            f"{'device is' if len(devices) == 1 else 'devices are'} present: lower one of the axes"
+            + (
+                f", or set XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices} before Python starts"
+                if devices[0].platform == "cpu"
+                else ""
+            )
+        )
+    sizes = config.sizes
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[: config.num_devices],
+    )
+
+
+def _request_virtual_devices(count: int) -> None:
+    try:
+        if jax.config.jax_num_cpu_devices < count:
+            jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        # JAX has started, and its devices are what they are; make_mesh counts them.
+        return
