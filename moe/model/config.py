@@ -69,19 +69,31 @@ class RouterConfig:
                 f"router.capacity_factor={self.capacity_factor}: give a positive factor (1.25 is usual), "
                 "or None for dropless routing"
             )
-        if self.overflow == "recycle" and self.capacity_factor is None:
+        for name, choices in (("overflow", ("drop", "recycle")), ("balance", ("aux_loss", "bias", "none"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"router.{name}={getattr(self, name)!r}: give one of {', '.join(choices)}")
+        if self.overflow == "recycle":
+            self._check_recycle()
+        for name in ("aux_loss_weight", "z_loss_weight", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"router.{name}={getattr(self, name)}: give a number of at least 0")
+
+    def _check_recycle(self) -> None:
+        if self.capacity_factor is None:
             raise ConfigError(
                 "router.overflow='recycle' with router.capacity_factor=None: dropless routing never overflows; "
                 "give a capacity_factor of at least 1.0, or set overflow='drop'"
             )
-        if self.overflow == "recycle" and self.capacity_factor is not None and self.capacity_factor < 1.0:
+        if self.capacity_factor < 1.0:
             raise ConfigError(
                 f"router.overflow='recycle' with router.capacity_factor={self.capacity_factor}: there are fewer slots "
                 "than rows, so not every dropped row can be recycled; give a capacity_factor of at least 1.0"
             )
-        for name in ("aux_loss_weight", "z_loss_weight", "bias_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"router.{name}={getattr(self, name)}: give a number of at least 0")
+        if self.top_k > 1:
+            raise ConfigError(
+                f"router.overflow='recycle' with router.top_k={self.top_k}: the release defines it for top-1 only; "
+                "set overflow='drop', or capacity_factor=None for dropless routing"
+            )
 
     @property
     def renormalizes(self) -> bool:

@@ -1,0 +1,131 @@
+"""Attention a block of scores at a time, with an online softmax (FlashAttention, arXiv 2205.14135 and 2307.08691).
+
+The backward pass is saved the output and each query's log-sum-exp, and computes the scores again. Key blocks that no
+query of a block can see for causality are not computed.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from moe.ops.attention.view import View, visible
+
+BLOCK = 256
+_HIDDEN = jnp.finfo(jnp.float32).min
+
+
+def chunked_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
+    """See `moe.ops.attention.attention`. Holds f32 scores of B·N·BLOCK·BLOCK."""
+    (B, T, N, H), (S, M) = q_BTNH.shape, k_BSMH.shape[1:3]
+    q_BMGTH = jnp.moveaxis(q_BTNH.reshape(B, T, M, N // M, H), 1, 3)
+    q_BMGTH, k_BMSH, v_BMSH = (
+        _pad(q_BMGTH, 3), _pad(jnp.swapaxes(k_BSMH, 1, 2), 2), _pad(jnp.swapaxes(v_BSMH, 1, 2), 2)
+    )  # fmt: skip
+    places = _pad(view.query_positions_BT, 1), _pad(view.segments_BT, 1), _pad(view.segments_BS, 1)
+    y_BMGTH = _attend(view.causal, q_BMGTH, k_BMSH, v_BMSH, places)[:, :, :, :T]
+    return jnp.moveaxis(y_BMGTH, 3, 1).reshape(B, T, N, H)
+
+
+def _pad(x: jax.Array, axis: int) -> jax.Array:
+    """Zeros up to whole blocks: segment 0 hides them."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % BLOCK)
+    return jnp.pad(x, widths)
+
+
+def _block(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * BLOCK, BLOCK, axis)
+
+
+def _store(x: jax.Array, block: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, block, index * BLOCK, axis)
+
+
+def _key_blocks(causal: bool, positions_BT: jax.Array, num_blocks: int) -> jax.Array:
+    """How many key blocks, from the first, the queries of a block can see."""
+    if not causal:
+        return jnp.int32(num_blocks)
+    return jnp.minimum(positions_BT.max() // BLOCK + 1, num_blocks).astype(jnp.int32)
+
+
+def _scores(q_BMGTH, k_BMSH, places, causal, first_key):
+    """f32 scores of one block of queries on one of keys, and bool [B, 1, 1, T, S] which of them count."""
+    positions_BT, segments_BT, segments_BS = places
+    allowed_BTS = visible(positions_BT, segments_BT, first_key + jnp.arange(BLOCK), segments_BS, causal)
+    scores_BMGTS = jnp.einsum("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH, preferred_element_type=jnp.float32)
+    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, allowed_BTS[:, None, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Array, places) -> jax.Array:
+    return _forward(causal, q_BMGTH, k_BMSH, v_BMSH, places)[0]
+
+
+def _forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Array, places):
+    positions_BT, segments_BT, segments_BS = places
+
+    def query_block(_, i):
+        q, positions, segments = _block(q_BMGTH, i, 3), _block(positions_BT, i, 1), _block(segments_BT, i, 1)
+
+        def key_block(j, carry):
+            largest, total, y = carry
+            here = positions, segments, _block(segments_BS, j, 1)
+            scores, allowed = _scores(q, _block(k_BMSH, j, 2), here, causal, j * BLOCK)
+            new_largest = jnp.maximum(largest, jnp.where(allowed, scores, _HIDDEN).max(-1))
+            weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0)
+            shrink = jnp.exp(largest - new_largest)
+            values = jnp.einsum(
+                "BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2), preferred_element_type=jnp.float32
+            )
+            return new_largest, total * shrink + weights.sum(-1), y * shrink[..., None] + values
+
+        start = jnp.full(q.shape[:-1], _HIDDEN), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
+        num_blocks = _key_blocks(causal, positions, k_BMSH.shape[2] // BLOCK)
+        largest, total, y = jax.lax.fori_loop(0, num_blocks, key_block, start)
+        total = jnp.where(total == 0, 1, total)
+        return None, ((y / total[..., None]).astype(q.dtype), largest + jnp.log(total))
+
+    _, (y, log_total) = jax.lax.scan(query_block, None, jnp.arange(q_BMGTH.shape[3] // BLOCK))
+    y_BMGTH = jnp.moveaxis(y, 0, 3).reshape(q_BMGTH.shape)
+    log_total_BMGT = jnp.moveaxis(log_total, 0, 3).reshape(q_BMGTH.shape[:-1])
+    return y_BMGTH, (q_BMGTH, k_BMSH, v_BMSH, places, y_BMGTH, log_total_BMGT)
+
+
+def _backward(causal: bool, saved, dy_BMGTH: jax.Array):
+    """Equations of FlashAttention-2 (arXiv 2307.08691, algorithm 2), queries in the outer loop."""
+    q_BMGTH, k_BMSH, v_BMSH, (positions_BT, segments_BT, segments_BS), y_BMGTH, log_total_BMGT = saved
+    scale = q_BMGTH.shape[-1] ** -0.5
+    delta_BMGT = jnp.sum(dy_BMGTH.astype(jnp.float32) * y_BMGTH.astype(jnp.float32), -1)
+
+    def query_block(dkv, i):
+        q, dy, positions = _block(q_BMGTH, i, 3), _block(dy_BMGTH, i, 3), _block(positions_BT, i, 1)
+        segments, log_total, delta = _block(segments_BT, i, 1), _block(log_total_BMGT, i, 3), _block(delta_BMGT, i, 3)
+
+        def key_block(j, carry):
+            dq, dk_BMSH, dv_BMSH = carry
+            k, v = _block(k_BMSH, j, 2), _block(v_BMSH, j, 2)
+            scores, allowed = _scores(q, k, (positions, segments, _block(segments_BS, j, 1)), causal, j * BLOCK)
+            weights = jnp.where(allowed, jnp.exp(scores - log_total[..., None]), 0)
+            dweights = jnp.einsum("BMGTH,BMSH->BMGTS", dy, v, preferred_element_type=jnp.float32)
+            dscores = (weights * (dweights - delta[..., None]) * scale).astype(q.dtype)
+            dq += jnp.einsum("BMGTS,BMSH->BMGTH", dscores, k, preferred_element_type=jnp.float32)
+            dk = jnp.einsum("BMGTS,BMGTH->BMSH", dscores, q, preferred_element_type=jnp.float32)
+            dv = jnp.einsum("BMGTS,BMGTH->BMSH", weights.astype(q.dtype), dy, preferred_element_type=jnp.float32)
+            return dq, _add(dk_BMSH, dk, j), _add(dv_BMSH, dv, j)
+
+        num_blocks = _key_blocks(causal, positions, k_BMSH.shape[2] // BLOCK)
+        dq, *dkv = jax.lax.fori_loop(0, num_blocks, key_block, (jnp.zeros(q.shape), *dkv))
+        return tuple(dkv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k_BMSH.shape), jnp.zeros(v_BMSH.shape)
+    (dk_BMSH, dv_BMSH), dq = jax.lax.scan(query_block, zeros, jnp.arange(q_BMGTH.shape[3] // BLOCK))
+    dq_BMGTH = jnp.moveaxis(dq, 0, 3).reshape(q_BMGTH.shape)
+    return dq_BMGTH, dk_BMSH.astype(k_BMSH.dtype), dv_BMSH.astype(v_BMSH.dtype), None
+
+
+def _add(x_BMSH: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
+    return _store(x_BMSH, _block(x_BMSH, index, 2) + block, index, 2)
+
+
+_attend.defvjp(_forward, _backward)

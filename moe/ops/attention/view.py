@@ -1,0 +1,41 @@
+"""What each query may see."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class View(NamedTuple):
+    """Which keys each query may see; the arguments of `attention` with their defaults filled in.
+
+    query_positions_BT: i32, the key slot at which a query stands.
+    segments_BT, segments_BS: i32, the document of each query and key; 0 is padding, or a cache's empty slot.
+    causal: whether keys behind the query's place are hidden.
+    plain: true where neither positions nor segments were given, so that `causal` says everything.
+    """
+
+    query_positions_BT: jax.Array
+    segments_BT: jax.Array
+    segments_BS: jax.Array
+    causal: bool
+    plain: bool
+
+    def mask(self) -> jax.Array:
+        """bool [B, T, S]: true where the query may see the key."""
+        key_positions_S = jnp.arange(self.segments_BS.shape[1])
+        return visible(self.query_positions_BT, self.segments_BT, key_positions_S, self.segments_BS, self.causal)
+
+
+def visible(
+    query_positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    key_positions_S: jax.Array,
+    segments_BS: jax.Array,
+    causal: bool,
+) -> jax.Array:
+    """bool [B, T, S]: same document, no padding, and with `causal` no key behind the query's place."""
+    allowed_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BT[:, :, None] != 0)
+    if causal:
+        allowed_BTS &= key_positions_S <= query_positions_BT[:, :, None]
+    return allowed_BTS

@@ -1,0 +1,48 @@
+"""Rows sorted by group, each group with its own matrix: one signature, several backends."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from moe.ops.grouped_matmul.blocked import blocked_matmul
+from moe.ops.grouped_matmul.ragged import ragged_matmul
+
+Backend = Literal["auto", "blocked", "ragged", "triton"]
+
+
+def grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto"
+) -> jax.Array:
+    """y[r] = x[r] @ w[e], where group e owns the next sizes_E[e] rows; accumulated in float32.
+
+    Rows after the last group's are padding: their output and gradient are zero, whatever they hold, and they add
+    nothing to the gradient of w. A group without rows has exactly zero weight gradient.
+
+    Args:
+        x_RD: rows sorted by group.
+        w_EDF: one matrix a group, of x's dtype.
+        sizes_E: i32, rows of each group; their sum is at most R.
+        backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, which XLA lowers to a
+            product over all groups on most platforms; "triton" is a Pallas kernel for GPUs; "auto" takes the fastest
+            for the platform.
+
+    Returns:
+        y_RF of x's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a backend that this platform does not have.
+    """
+    (R, D), (E, D_of_w, _) = x_RD.shape, w_EDF.shape
+    if D != D_of_w or sizes_E.shape != (E,):
+        raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
+    if x_RD.dtype != w_EDF.dtype:
+        raise ValueError(f"x_RD is {x_RD.dtype} and w_EDF {w_EDF.dtype}: cast both to the compute format")
+    if R == 0:
+        return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
+    if backend == "auto":
+        backend = "triton" if jax.default_backend() == "gpu" else "blocked"
+    return _BACKENDS[backend](x_RD, w_EDF, sizes_E)
+
+
+_BACKENDS = {"blocked": blocked_matmul, "ragged": ragged_matmul}

@@ -1,0 +1,84 @@
+"""The grouped product for CPU: a loop over groups, and in it one over blocks of the group's own rows.
+
+Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+
+
+@jax.custom_vjp
+def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """See `moe.ops.grouped_matmul.grouped_matmul`."""
+    return _rows_product(x_RD, w_EDF, sizes_E, contract_w=0)
+
+
+def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
+    return blocked_matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
+
+
+def _backward(saved, dy_RF: jax.Array):
+    x_RD, w_EDF, sizes_E = saved
+    dx_RD = _rows_product(dy_RF, w_EDF, sizes_E, contract_w=1)
+    return dx_RD, _weights_product(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype), None
+
+
+blocked_matmul.defvjp(_forward, _backward)
+
+
+def _blocks(size: jax.Array, block: int) -> jax.Array:
+    return (size + block - 1) // block
+
+
+def _take(x_RD: jax.Array, row: jax.Array, end: jax.Array, block: int):
+    """The block that begins at `row`, or the last whole one; its first row, and which of its rows are in [row, end)."""
+    first = jnp.minimum(row, x_RD.shape[0] - block)
+    rows = first + jnp.arange(block, dtype=jnp.int32)
+    mine_R1 = ((rows >= row) & (rows < end))[:, None]
+    return jax.lax.dynamic_slice_in_dim(x_RD, first, block), first, mine_R1
+
+
+def _rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int) -> jax.Array:
+    """Each row times its group's matrix, or with contract_w=1 the matrix's transpose."""
+    block = min(BLOCK, x_RD.shape[0])
+    ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
+
+    def group(e, y_RF):
+        w_DF, end = w_EDF[e], ends_E[e]
+        start = end - sizes_E[e]
+
+        def rows(i, y_RF):
+            x_bD, first, mine = _take(x_RD, start + i * block, end, block)
+            dims = (((1,), (contract_w,)), ((), ()))
+            y_bF = jax.lax.dot_general(x_bD, w_DF, dims, preferred_element_type=x_RD.dtype)
+            before_bF = jax.lax.dynamic_slice_in_dim(y_RF, first, block)
+            return jax.lax.dynamic_update_slice_in_dim(y_RF, jnp.where(mine, y_bF, before_bF), first, 0)
+
+        return jax.lax.fori_loop(0, _blocks(sizes_E[e], block), rows, y_RF)
+
+    y_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), x_RD.dtype)
+    return jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF)
+
+
+def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """f32 [E, D, F]: the product of each group's rows of x, transposed, and of dy."""
+    block = min(BLOCK, x_RD.shape[0])
+    ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
+
+    def group(_, e):
+        end = ends_E[e]
+        start = end - sizes_E[e]
+
+        def rows(i, dw_DF):
+            x_bD, _, mine = _take(x_RD, start + i * block, end, block)
+            dy_bF, _, _ = _take(dy_RF, start + i * block, end, block)
+            x_bD, dy_bF = jnp.where(mine, x_bD, 0), jnp.where(mine, dy_bF, 0)
+            dims = (((0,), (0,)), ((), ()))
+            return dw_DF + jax.lax.dot_general(x_bD, dy_bF, dims, preferred_element_type=jnp.float32)
+
+        zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
+        return None, jax.lax.fori_loop(0, _blocks(sizes_E[e], block), rows, zeros_DF)
+
+    return jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1]
