@@ -75,7 +75,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def _request_virtual_devices(count: int) -> None:
     try:
-        if jax.config.jax_num_cpu_devices < count:
+        if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         # JAX has started, and its devices are what they are; make_mesh counts them.

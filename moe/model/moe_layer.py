@@ -46,12 +46,9 @@ class MoELayer(nnx.Module):
         self.execution = execution
         self.router = Router(config, precision, rngs=rngs)
         self.experts = Experts(config, precision, rngs=rngs)
-        self.shared = None
         if config.num_shared_experts:
             width = config.num_shared_experts * config.d_expert
-            self.shared = FeedForward(
-                config.d_model, width, "shared_expert", config.init_std, precision, rngs=rngs
-            )
+            self.shared = FeedForward(config.d_model, width, "shared_expert", config.init_std, precision, rngs=rngs)
 
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, layer: jax.Array, key: jax.Array | None, layout: Layout
@@ -75,7 +72,7 @@ class MoELayer(nnx.Module):
                 experts_BTK, weights_BTK, dropped, recycled = limit_capacity(routing, config, slots, drawn)
 
         routed_BTD, wire_bytes = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
-        if self.shared is not None:
+        if self.config.num_shared_experts:
             with jax.named_scope("shared_expert"):
                 routed_BTD += self.shared(x_BTD, layout)
         stats = MoEStats(

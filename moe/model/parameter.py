@@ -25,7 +25,9 @@ class SelectionBias(nnx.Variable):
     """b_E f32: added to the router's scores when experts are chosen, and moved by balancing instead of gradients."""
 
 
-def matrix(axes: str, sizes: tuple[int, ...], kind: Kind, std: float, precision: Precision, rngs: nnx.Rngs) -> nnx.Param:
+def matrix(
+    axes: str, sizes: tuple[int, ...], kind: Kind, std: float, precision: Precision, rngs: nnx.Rngs
+) -> nnx.Param:
     """A weight drawn from a normal distribution of mean 0 (released code, HunYuanPreTrainedModel._init_weights)."""
     assert len(axes) == len(sizes)
     values = std * jax.random.normal(rngs.params(), sizes, jnp.float32)

@@ -40,14 +40,9 @@ class HunyuanMoE(nnx.Module):
         self.execution = execution
         shape = (config.vocab_size, config.d_model)
         self.embedding_VD = matrix("VD", shape, "embedding", config.init_std, precision, rngs)
-        self.stacks = nnx.List()
-        for dense, repeat in layer_groups(config):
-
-            @nnx.vmap(in_axes=0, out_axes=0)
-            def make_groups(rngs: nnx.Rngs, dense: tuple[bool, ...] = dense) -> Group:
-                return Group(dense, config, precision, execution, rngs=rngs)
-
-            self.stacks.append(make_groups(rngs.split(repeat)))
+        self.stacks = nnx.List(
+            _stacked_groups(dense, repeat, config, precision, execution, rngs) for dense, repeat in layer_groups(config)
+        )
         self.norm_D = norm_scale("D", config.d_model, precision)
         if not config.tie_embeddings:
             self.head_VD = matrix("VD", shape, "head", config.init_std, precision, rngs)
@@ -137,6 +132,23 @@ class HunyuanMoE(nnx.Module):
                 for place, layer in enumerate(layers):
                     layer.router.move_bias(load_GPE[:, place])
                 first += repeat * len(layers)
+
+
+def _stacked_groups(
+    dense: tuple[bool, ...],
+    repeat: int,
+    config: ModelConfig,
+    precision: Precision,
+    execution: Execution,
+    rngs: nnx.Rngs,
+) -> Group:
+    """`repeat` groups as one, each parameter with an axis more in front."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(key: jax.Array) -> Group:
+        return Group(dense, config, precision, execution, rngs=nnx.Rngs(params=key))
+
+    return make(jax.random.split(rngs.params(), repeat))
 
 
 def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:

@@ -33,9 +33,7 @@ def cross_entropy_sum(
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout):
-    loss, dhidden_BTD, dhead_VD = _walk(
-        hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, with_gradients=True
-    )
+    loss, dhidden_BTD, dhead_VD = _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, with_gradients=True)
     return loss, (dhidden_BTD, dhead_VD.astype(head_VD.dtype))
 
 

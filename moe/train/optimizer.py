@@ -75,9 +75,7 @@ def make_optimizer(
             f"optimizer.warmup_steps={config.warmup_steps} with training.steps={steps}: warm up for fewer steps than "
             f"the run has, {max(1, steps // 10)} for example"
         )
-    schedule = make_schedule(
-        config.schedule, config.learning_rate, steps, config.warmup_steps, config.final_share
-    )
+    schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps, config.final_share)
 
     def by_kind(choose: Callable[[Kind], Any]) -> Any:
         return jax.tree.map(lambda spec: choose(spec.kind), specs, is_leaf=lambda x: isinstance(x, ParameterSpec))

@@ -46,20 +46,20 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
 
-    def model(self, state: TrainState) -> HunyuanMoE:
-        """The model with the state's parameters."""
-        return nnx.merge(self.graph, state.params, state.balance)
+    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> HunyuanMoE:
+        """The model with these parameters and selection biases."""
+        return nnx.merge(self.graph, params, balance)
 
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
         model = HunyuanMoE(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
-        _, params, balance = nnx.split(model, nnx.Param, SelectionBias)
+        params, balance = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
         params = nnx.to_pure_dict(params)
         opt_state = self.optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(balance), opt_state)
 
-    def shardings(self) -> TrainState | None:
-        """Where each array of the state lives: optimizer states with their parameters; None on a single device.
+    def shardings(self) -> Any:
+        """A TrainState of where each array lives: optimizer states with their parameters; None on a single device.
 
         Raises:
             LayoutError: a parameter does not divide over the mesh.
@@ -67,9 +67,7 @@ class Blueprint:
         if self.layout.mesh is None:
             return None
         whole = self.layout.whole()
-        params = jax.tree.map(
-            lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec
-        )
+        params = jax.tree.map(lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
@@ -106,7 +104,7 @@ def make_blueprint(
 ) -> Blueprint:
     """Plans a run of `steps` steps. Makes no array."""
     model = nnx.eval_shape(lambda: HunyuanMoE(config, precision, execution, rngs=nnx.Rngs(0)))
-    graph, _, _ = nnx.split(model, nnx.Param, SelectionBias)
+    graph = nnx.graphdef(model)
     specs = specs_of(model)
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)
     return Blueprint(config, precision, execution, layout, graph, specs, transformation, learning_rate)

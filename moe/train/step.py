@@ -67,10 +67,8 @@ def make_train_step(
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
     def objective(params: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
-        model = blueprint.model(TrainState(None, params, balance, None))
-        hidden_BTD, stats = model(
-            batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout
-        )
+        model = blueprint.model(params, balance)
+        hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
         loss = cross_entropy_sum(
             hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
         )
@@ -129,7 +127,7 @@ def make_evaluation_step(
     """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = blueprint.model(state)
+        model = blueprint.model(state.params, state.balance)
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
         loss = cross_entropy_sum(
@@ -168,6 +166,6 @@ def layer_stats(stats: MoEStats) -> LayerStats:
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
     """The routers' selection biases after a step in which the experts were loaded so."""
-    model = blueprint.model(state)
+    model = blueprint.model(state.params, state.balance)
     model.move_biases(load_LE)
     return nnx.to_pure_dict(nnx.state(model, SelectionBias))

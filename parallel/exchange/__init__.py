@@ -12,7 +12,7 @@ gradients, whatever the counts: none for a device, all for one bucket, fewer row
 | backend  | how | bytes |
 |---|---|---|
 | padded   | one all-to-all of blocks as large as the fullest could be | (P-1) blocks of `limit`·E/P rows |
-| gathered | every device receives all rows and keeps its own | (P-1) · R rows; simplest, for checking and for tiny axes |
+| gathered | every device receives all rows, keeps its own | (P-1) · R rows; simplest, for checking and for tiny axes |
 """
 
 from types import ModuleType

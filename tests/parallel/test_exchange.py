@@ -72,9 +72,7 @@ class TestContract:
     @given(data=st.data())
     def test_any_counts(self, name, data):
         num_rows = 9
-        counts = [
-            np.bincount(data.draw(st.lists(st.integers(0, 7), max_size=num_rows)), minlength=8) for _ in range(4)
-        ]
+        counts = [np.bincount(data.draw(st.lists(st.integers(0, 7), max_size=num_rows)), minlength=8) for _ in range(4)]
         check(name, np.array(counts), num_rows=num_rows, limit=num_rows)
 
     def test_gradient_comes_home(self, name):

@@ -101,7 +101,9 @@ def test_drops_are_the_last_in_order(seed, top_k, slots, scale, valid):
         dropped += ((experts_TK < 4) & ~fits).sum()
         np.testing.assert_array_equal(limited.experts_BTK[b], np.where(fits, experts_TK, 4))
         np.testing.assert_array_equal(limited.weights_BTK[b], np.where(fits, routing.weights_BTK[b], 0))
-    np.testing.assert_allclose(limited.dropped, dropped / max(1, (np.asarray(routing.experts_BTK) < 4).sum()), rtol=1e-6)
+    np.testing.assert_allclose(
+        limited.dropped, dropped / max(1, (np.asarray(routing.experts_BTK) < 4).sum()), rtol=1e-6
+    )
 
 
 @settings(max_examples=25, deadline=None)
