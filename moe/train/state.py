@@ -53,10 +53,10 @@ class Blueprint:
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
         model = HunyuanMoE(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
-        params, balance = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
-        params = nnx.to_pure_dict(params)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
         opt_state = self.optimizer.init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(balance), opt_state)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, opt_state)
 
     def shardings(self) -> Any:
         """A TrainState of where each array lives: optimizer states with their parameters; None on a single device.
@@ -66,7 +66,7 @@ class Blueprint:
         """
         if self.layout.mesh is None:
             return None
-        whole = self.layout.whole()
+        whole: Any = self.layout.whole()
         params = jax.tree.map(lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
         opt_state = optax.tree_utils.tree_map_params(
