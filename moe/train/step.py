@@ -107,7 +107,7 @@ def make_train_step(
             loss=loss / jnp.maximum(num_targets, 1.0),
             aux_loss=jnp.zeros(()) if stats is None else stats.aux_loss.mean(),
             z_loss=jnp.zeros(()) if stats is None else stats.z_loss.mean(),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(blueprint.learning_rate(state.step), jnp.float32),
             tokens=num_targets.astype(jnp.int32),
             layers=None if stats is None else layer_stats(stats),

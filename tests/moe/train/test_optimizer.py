@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.model.config import ConfigError
+from moe.model.parameter import ParameterSpec
+from moe.train.optimizer import OptimizerConfig, make_optimizer
+
+SPECS = {
+    "norm_D": ParameterSpec((3,), jnp.dtype("float32"), "D", "norm"),
+    "w_DE": ParameterSpec((3, 2), jnp.dtype("float32"), "DE", "router"),
+    "w_EDF": ParameterSpec((2, 3, 2), jnp.dtype("float32"), "EDF", "expert"),
+}
+
+
+def trees(seed):
+    r = np.random.default_rng(seed)
+    return {name: jnp.asarray(r.normal(size=spec.shape), jnp.float32) for name, spec in SPECS.items()}
+
+
+def test_five_steps_are_adamw_with_clipping_by_hand():
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", warmup_steps=2, weight_decay=0.3, clip_norm=0.5, expert_rate=0.4
+    )
+    optimizer, rate = make_optimizer(config, SPECS, 10)
+    params = trees(0)
+    expected = {name: np.asarray(x, np.float64) for name, x in params.items()}
+    state = optimizer.init(params)
+    m = dict.fromkeys(SPECS, 0.0)
+    v = dict.fromkeys(SPECS, 0.0)
+    for step in range(5):
+        grads = trees(step + 1)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+        norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in grads.values()))
+        for name, spec in SPECS.items():
+            g = np.asarray(grads[name], np.float64) * min(1, 0.5 / norm)
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            direction = (m[name] / (1 - 0.9 ** (step + 1))) / (np.sqrt(v[name] / (1 - 0.95 ** (step + 1))) + 1e-8)
+            if spec.kind != "norm":
+                direction = direction + 0.3 * expected[name]
+            own_rate = 0.1 * min(1, (step + 1) / 2) * (0.4 if spec.kind == "expert" else 1)
+            expected[name] = expected[name] - own_rate * direction
+        for name in SPECS:
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert float(rate(0)) == pytest.approx(0.05)
+
+
+def test_no_clipping_leaves_large_gradients():
+    optimizer, _ = make_optimizer(OptimizerConfig(clip_norm=None, warmup_steps=0), SPECS, 10)
+    params, grads = trees(0), jax.tree.map(lambda g: 1e6 * g, trees(1))
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    adam = next(part for part in state if hasattr(part, "mu"))
+    np.testing.assert_allclose(adam.mu["w_DE"], 0.1 * grads["w_DE"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "optimizer.schedule='step': give one of constant, linear, cosine, hunyuan"),
+        ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0: give a number above 0"),
+        ({"b2": 1.0}, "optimizer.b2=1.0: give a number from 0 to below 1"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps=-1"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay=-0.1"),
+        ({"final_share": 2.0}, "optimizer.final_share=2.0"),
+        ({"clip_norm": 0.0}, "optimizer.clip_norm=0.0: give a norm above 0, or None"),
+        ({"undecayed": ("bias",)}, r"optimizer.undecayed names \['bias'\]: the kinds are embedding"),
+        ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimizerConfig(**changes)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(ConfigError, match="optimizer.warmup_steps=10 with training.steps=10: warm up for fewer steps"):
+        make_optimizer(OptimizerConfig(warmup_steps=10), SPECS, 10)
