@@ -14,12 +14,16 @@ def divisors(n: int) -> str:
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
 
 
-def require_positive(config: object, *fields: str) -> None:
-    """Raises ConfigError for the first of `fields` that is not a whole number of at least 1."""
+def require_positive(config: object, *fields: str, area: str = "") -> None:
+    """Raises ConfigError for the first of `fields` that is not a whole number of at least 1.
+
+    Args:
+        area: what stands before the field's name in the message, such as "data.".
+    """
     for name in fields:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}={value!r}: give a whole number of at least 1")
+            raise ConfigError(f"{area}{name}={value!r}: give a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class RouterConfig:
     bias_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        require_positive(self, "top_k")
+        require_positive(self, "top_k", area="router.")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ConfigError(
                 f"router.capacity_factor={self.capacity_factor}: give a positive factor (1.25 is usual), "

@@ -145,7 +145,9 @@ def _text_of_record(line: str, place: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f'{place}: not JSON ({error.msg}); each line must be an object like {{"text": "..."}}') from None
+        raise DataError(
+            f'{place}: not JSON ({error.msg}); each line must be an object like {{"text": "..."}}'
+        ) from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         held = f"its fields are {', '.join(record) or 'none'}" if isinstance(record, dict) else "it is no object"
