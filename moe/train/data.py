@@ -141,7 +141,9 @@ def open_data(
     read = partial(pack, cache.train, T, cache.tokenizer.pad)
     # Row numbers are shuffled and batched whole; only this process's rows are read. Grain's endless repeat has no
     # length that fits a batch of 1, so the epochs are counted out instead.
-    numbers = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat((1 << 62) // num_rows).batch(config.batch_size)
+    numbers = (
+        grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat((1 << 62) // num_rows).batch(config.batch_size)
+    )
     train = iter(numbers.map(lambda rows_B: read(rows_B[mine])).to_iter_dataset())
     validation = partial(_validation_batches, cache.validation, config, cache.tokenizer.pad, mine)
     statistics = Statistics(
