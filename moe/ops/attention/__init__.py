@@ -96,7 +96,11 @@ def _check(
         raise ValueError(f"{N} query heads do not divide over {M} key-value heads: give a multiple of {M}")
     if (segments_BT is None) != (segments_BS is None):
         raise ValueError("segments_BT and segments_BS tell documents apart only together: give both, or neither")
-    shapes = {"query_positions_BT": (query_positions_BT, T), "segments_BT": (segments_BT, T), "segments_BS": (segments_BS, S)}
+    shapes = {
+        "query_positions_BT": (query_positions_BT, T),
+        "segments_BT": (segments_BT, T),
+        "segments_BS": (segments_BS, S),
+    }
     for name, (given, length) in shapes.items():
         if given is not None and given.shape != (B, length):
             raise ValueError(f"{name} has shape {given.shape}: give one number for each token, ({B}, {length})")

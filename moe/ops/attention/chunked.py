@@ -17,7 +17,7 @@ _HIDDEN = jnp.finfo(jnp.float32).min
 
 def chunked_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
     """See `moe.ops.attention.attention`. Holds f32 scores of B·N·BLOCK·BLOCK."""
-    (B, T, N, H), (S, M) = q_BTNH.shape, k_BSMH.shape[1:3]
+    (B, T, N, H), M = q_BTNH.shape, k_BSMH.shape[2]
     q_BMGTH = jnp.moveaxis(q_BTNH.reshape(B, T, M, N // M, H), 1, 3)
     q_BMGTH, k_BMSH, v_BMSH = (
         _pad(q_BMGTH, 3), _pad(jnp.swapaxes(k_BSMH, 1, 2), 2), _pad(jnp.swapaxes(v_BSMH, 1, 2), 2)

@@ -13,7 +13,10 @@ def cudnn_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, vie
         ValueError: the platform is not a GPU, or the inputs are not bfloat16 or float16, as cuDNN's kernel needs.
     """
     if jax.default_backend() != "gpu":
-        raise ValueError(f'attention backend "cudnn" needs an NVIDIA GPU, this is {jax.default_backend()}: use "dense", "chunked" or "auto"')
+        raise ValueError(
+            f'attention backend "cudnn" needs an NVIDIA GPU, this is {jax.default_backend()}: '
+            'use "dense", "chunked" or "auto"'
+        )
     return cudnn_kernel(q_BTNH, k_BSMH, v_BSMH, view)
 
 

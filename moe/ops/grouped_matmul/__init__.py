@@ -11,9 +11,7 @@ from moe.ops.grouped_matmul.ragged import ragged_matmul
 Backend = Literal["auto", "blocked", "ragged", "triton"]
 
 
-def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto"
-) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto") -> jax.Array:
     """y[r] = x[r] @ w[e], where group e owns the next sizes_E[e] rows; accumulated in float32.
 
     Rows after the last group's are padding: their output and gradient are zero, whatever they hold, and they add
@@ -33,8 +31,8 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a backend that this platform does not have.
     """
-    (R, D), (E, D_of_w, _) = x_RD.shape, w_EDF.shape
-    if D != D_of_w or sizes_E.shape != (E,):
+    R, E = x_RD.shape[0], w_EDF.shape[0]
+    if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
         raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
     if x_RD.dtype != w_EDF.dtype:
         raise ValueError(f"x_RD is {x_RD.dtype} and w_EDF {w_EDF.dtype}: cast both to the compute format")

@@ -1,0 +1,40 @@
+# Everything a user does with this repository. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help train test test-full lint bench notebook clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+# Each stamp is newer than the requirements it installed.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+train: $(VENV)/installed ## install, then train experiments/tiny.py on real text; again: resume
+	$(RUN) -m experiments.run experiments/tiny.py $(ARGS)
+
+test: $(VENV)/installed-dev ## the tests, in a few minutes
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/installed-dev ## all tests, the slow ones too
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## formatting, style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy moe parallel experiments benchmarks
+
+bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
+	$(RUN) -m benchmarks.train_step
+
+clean: ## remove caches, and nothing that a run wrote
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache

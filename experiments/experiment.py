@@ -1,0 +1,129 @@
+"""An experiment: everything that a run is, in one frozen dataclass that a file composes and a command carries out."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+
+from experiments.overrides import check, settings, vary
+from moe.model.config import ConfigError, ModelConfig, divisors
+from moe.model.execution import Execution
+from moe.model.precision import Precision
+from moe.train.data import DataConfig
+from moe.train.loop import TrainingConfig
+from moe.train.optimizer import OptimizerConfig
+from moe.train.state import Blueprint, make_blueprint
+from moe.train.tokenizer import SPECIAL
+from parallel.layout import BATCH_AXES, EXPERT_AXIS, FSDP_AXES, SINGLE_DEVICE, Layout
+from parallel.mesh import MeshConfig, make_mesh
+
+WITHOUT_EFFECT = (
+    "name",
+    "data.cache",
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.peak_tflops",
+)
+"""Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    name: of the run folder, runs/<name>.
+
+    Raises ConfigError where the parts do not fit together. Every part has checked itself before.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    precision: Precision = field(default_factory=Precision)
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        for path, setting in settings(self).items():
+            check(path, setting.kind, setting.value)
+        if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
+            raise ConfigError(f"name={self.name!r}: it names a folder, give one such as 'tiny'")
+        self._check_batch()
+        self._check_sharding()
+        if self.optimizer.warmup_steps >= self.training.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "
+                f"warm up for fewer steps than the run has, {self.training.steps // 10} for example"
+            )
+        least = len(SPECIAL) + 256
+        if self.data.tokenizer is None and self.model.vocab_size < least:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size}: a byte-level tokenizer needs at least {least} ids"
+            )
+
+    def _check_batch(self) -> None:
+        devices, microbatches = self._devices(*BATCH_AXES), self.training.microbatches
+        parts = devices * microbatches
+        if self.data.batch_size % parts:
+            over = f"{self._over(*BATCH_AXES)} and training.microbatches={microbatches}"
+            above = math.ceil(self.data.batch_size / parts) * parts
+            raise ConfigError(
+                f"data.batch_size={self.data.batch_size} does not divide over {over}: "
+                f"use a multiple of {parts}, such as {above}"
+            )
+
+    def _check_sharding(self) -> None:
+        experts, over = self.model.num_experts, self._devices(EXPERT_AXIS)
+        if self.model.has_moe and experts % over:
+            raise ConfigError(
+                f"model.num_experts={experts} does not divide over {self._over(EXPERT_AXIS)}: use {divisors(experts)}"
+            )
+        width, over = self.model.d_model, self._devices(*FSDP_AXES)
+        if width % over:
+            raise ConfigError(
+                f"model.d_model={width} does not divide over {self._over(*FSDP_AXES)}, which share out the parameters: "
+                f"make d_model a multiple of {over}, or move devices from mesh.data to mesh.replica"
+            )
+
+    def _devices(self, *axes: str) -> int:
+        return math.prod(self.mesh.sizes[axis] for axis in axes)
+
+    def _over(self, *axes: str) -> str:
+        return " x ".join(f"mesh.{axis}={self.mesh.sizes[axis]}" for axis in axes)
+
+    def vary(self, changes: Mapping[str, Any]) -> "Experiment":
+        """A variant, checked anew: `experiment.vary({"model.router.top_k": 2, "mesh.expert": 4})`.
+
+        Raises:
+            ConfigError: an unknown path (the nearest ones are named), or a value that does not fit.
+        """
+        return vary(self, changes)
+
+    def frozen(self) -> dict[str, Any]:
+        """All settings as nested dicts of JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint(self) -> str:
+        """64 hex digits, the same for the same numbers: all settings count but those `WITHOUT_EFFECT`."""
+        counted = {path: setting.text for path, setting in settings(self).items() if path not in WITHOUT_EFFECT}
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+    def blueprint(self, mesh: Mesh | None = None) -> Blueprint:
+        """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh.
+
+        Raises:
+            MeshError: there are fewer devices than `self.mesh` asks for.
+            LayoutError: a parameter does not divide over the mesh.
+        """
+        if mesh is None and self.mesh.num_devices > 1:
+            mesh = make_mesh(self.mesh)
+        layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
+        return make_blueprint(
+            self.model, self.precision, self.execution, self.optimizer, layout, steps=self.training.steps
+        )

@@ -1,0 +1,225 @@
+"""The training loop: resume, step, tell, evaluate, save, stop."""
+
+import math
+import signal
+import threading
+import time
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from moe.model.config import ConfigError, require_positive
+from moe.model.count import train_flops_per_token
+from moe.train.checkpoint import CheckpointStore
+from moe.train.data import Data
+from moe.train.metrics import MetricsWriter, Record, record_of
+from moe.train.progress import TrainingProgress
+from moe.train.run_folder import RunFolder
+from moe.train.state import Blueprint, TrainState
+from moe.train.step import StepMetrics, make_evaluation_step, make_train_step, place_batch
+
+
+class DivergedError(RuntimeError):
+    """The run cannot go on: names the step, what the layers told, and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """
+    steps: of the whole run; the learning rate's schedule ends there.
+    seed: of initial values, shuffling and routing.
+    microbatches: parts of each batch that are computed one after the other.
+    loss_chunk: positions of each sequence whose logits exist at once.
+    evaluate_every, checkpoint_every: steps; both happen after the last step as well.
+    keep_checkpoints: newest ones that stay.
+    peak_tflops: of one device in the compute format, in TFLOP/s (1e12 per second), for MFU; None leaves MFU out.
+    """
+
+    steps: int = 300
+    seed: int = 0
+    microbatches: int = 1
+    loss_chunk: int = 512
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = [field.name for field in fields(self) if field.name not in ("seed", "peak_tflops")]
+        require_positive(self, *counts, area="training.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"training.seed={self.seed}: give a whole number from 0 to 2^32 - 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ConfigError(f"training.peak_tflops={self.peak_tflops}: give TFLOP/s above 0, or None for no MFU")
+
+
+class Outcome(NamedTuple):
+    """finished: whether all steps are taken. step: how many are. signal: that stopped the run, or 0."""
+
+    finished: bool
+    step: int
+    state: TrainState
+    signal: int
+
+
+def train(
+    blueprint: Blueprint, data: Data, config: TrainingConfig, folder: RunFolder, *, fingerprint: str, console: Console
+) -> Outcome:
+    """Trains from the newest good checkpoint, or from the start, to the last step.
+
+    SIGTERM and SIGINT let the step end, save and return; a second SIGINT interrupts at once.
+
+    Raises:
+        DivergedError: loss or gradients are no longer finite. No checkpoint holds anything of that step.
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    store = CheckpointStore(folder.checkpoints, fingerprint=fingerprint, keep=config.keep_checkpoints)
+    try:
+        restored = store.restore_latest(blueprint.abstract_state(), console.print)
+        if restored is None:
+            first, state = 0, blueprint.create_state(config.seed)
+        else:
+            first, state = restored.step, restored.state
+            data.train.set_state(restored.data)
+            console.print(f"resuming from the checkpoint of step {first}")
+        if first >= config.steps:
+            return Outcome(True, first, state, signal=0)
+        return _Run(blueprint, data, config, folder, store, console, first).steps(state, first)
+    finally:
+        store.close()
+
+
+class _Run:
+    """One start of a run: what its steps share."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        data: Data,
+        config: TrainingConfig,
+        folder: RunFolder,
+        store: CheckpointStore,
+        console: Console,
+        first_step: int,
+    ) -> None:
+        self.blueprint, self.data, self.config = blueprint, data, config
+        self.store, self.console = store, console
+        self.writer = MetricsWriter(folder, first_step) if jax.process_index() == 0 else None
+        self.progress = TrainingProgress(console, first_step, config.steps, config.peak_tflops)
+        self.evaluation_step = make_evaluation_step(blueprint, loss_chunk=config.loss_chunk)
+        self.clock = time.perf_counter()
+        self.flops_per_token = 0.0
+
+    def steps(self, state: TrainState, first_step: int) -> Outcome:
+        """From `first_step` steps taken to the last, or to a signal."""
+        config, step, taken = self.config, None, first_step
+        pending: tuple[int, StepMetrics] | None = None
+        with _Signals() as signals, self.progress:
+            while taken < config.steps and not signals.received:
+                batch = place_batch(next(self.data.train), self.blueprint.layout)
+                step = step or self._compiled(state, batch)
+                state, metrics = step(state, batch)
+                taken += 1
+                # The metrics are read one step late, so that the devices never wait for the host.
+                pending = self._tell(pending, (taken, metrics))
+                last = taken == config.steps or signals.received
+                save, evaluate = taken % config.checkpoint_every == 0, taken % config.evaluate_every == 0
+                if last or save or evaluate:
+                    pending = self._tell(pending, None)
+                    if taken == config.steps or (evaluate and not signals.received):
+                        self._evaluate(state, taken)
+                    if last or save:
+                        self.store.save(taken, state, self.data.train.get_state())
+                    self.clock = time.perf_counter()
+            self.store.wait()
+            if signals.received:
+                self.console.print(f"stopped by {signal.Signals(signals.received).name} and saved after step {taken}")
+        if self.writer is not None:
+            self.writer.close()
+        return Outcome(taken == config.steps, taken, state, signals.received)
+
+    def _compiled(self, state: TrainState, batch: Any) -> Any:
+        begin = time.perf_counter()
+        config, blueprint = self.config, self.blueprint
+        step = make_train_step(
+            blueprint, seed=config.seed, microbatches=config.microbatches, loss_chunk=config.loss_chunk
+        )
+        compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
+        sequence_length = batch.tokens_BT.shape[1]
+        self.flops_per_token = train_flops_per_token(blueprint.config, blueprint.specs, sequence_length)
+        self.clock = time.perf_counter()
+        self.console.print(f"compiled the train step in {self.clock - begin:.0f} s")
+        return compiled
+
+    def _tell(
+        self, pending: tuple[int, StepMetrics] | None, following: tuple[int, StepMetrics] | None
+    ) -> tuple[int, StepMetrics] | None:
+        """Writes down the pending step, which is checked first, and leaves the following one pending."""
+        if pending is not None:
+            taken, metrics = pending[0], jax.device_get(pending[1])
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+                raise self._stopped(taken, metrics)
+            now = time.perf_counter()
+            seconds, self.clock = now - self.clock, now
+            self._write(record_of(taken, metrics, seconds, self.flops_per_token, self._peak_flops()))
+        return following
+
+    def _peak_flops(self) -> float | None:
+        """Of all devices together, per second."""
+        peak, mesh = self.config.peak_tflops, self.blueprint.layout.mesh
+        return None if peak is None else peak * 1e12 * (1 if mesh is None else mesh.size)
+
+    def _write(self, record: Record) -> None:
+        if self.writer is not None:
+            self.writer.write(record)
+            self.progress.update(record)
+
+    def _evaluate(self, state: TrainState, taken: int) -> None:
+        """Mean cross-entropy over the whole validation part, where there is one."""
+        loss = tokens = 0.0
+        for batch in self.data.validation():
+            batch_loss, batch_tokens = self.evaluation_step(state, place_batch(batch, self.blueprint.layout))
+            loss, tokens = loss + float(batch_loss), tokens + float(batch_tokens)
+        if tokens:
+            self._write({"step": taken, "validation_loss": loss / tokens})
+
+    def _stopped(self, taken: int, metrics: StepMetrics) -> DivergedError:
+        self.store.wait()
+        steps = self.store.steps()
+        kept = f"the last good checkpoint is {self.store.path(steps[-1])}" if steps else "there is no checkpoint yet"
+        told = [f"step {taken}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; training stopped, {kept}"]
+        if metrics.layers is not None:
+            layers = metrics.layers
+            told += [
+                f"  layer {layer}: largest load {np.max(layers.load_LE[layer]):.3f}, router entropy "
+                f"{layers.entropy_L[layer]:.3f} nats, dropped {layers.dropped_L[layer]:.1%}"
+                for layer in range(len(layers.load_LE))
+            ]
+        told.append("try a lower optimizer.learning_rate, a longer warmup, or a smaller optimizer.clip_norm")
+        return DivergedError("\n".join(told))
+
+
+class _Signals:
+    """Holds SIGTERM and SIGINT back while a step runs; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "_Signals":
+        # Python takes signals in its main thread only; elsewhere, as in some notebooks, they keep their meaning.
+        in_main = threading.current_thread() is threading.main_thread()
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
