@@ -134,8 +134,7 @@ def _nearest(path: str, known: list[str]) -> list[str]:
     if last in by_last:
         return by_last[last]
     alike = [found for name in get_close_matches(last, by_last, n=3, cutoff=0.7) for found in by_last[name]]
-    alike += get_close_matches(path, known, n=3, cutoff=0.7)
-    return list(dict.fromkeys(alike))[:3]
+    return alike[:3] or get_close_matches(path, known, n=3, cutoff=0.7)
 
 
 def _fits(kind: Any, value: Any) -> bool:

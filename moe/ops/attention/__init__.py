@@ -52,6 +52,8 @@ def attention(
     view = _view(q_BTNH, k_BSMH, query_positions_BT, segments_BT, segments_BS, causal)
     if backend == "auto":
         backend = "cudnn" if jax.default_backend() == "gpu" else _fastest_on_cpu(k_BSMH.shape[1])
+    if backend not in _BACKENDS:
+        raise ValueError(f"execution.attention={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](q_BTNH, k_BSMH, v_BSMH, view)
 
 

@@ -1,5 +1,6 @@
 """Rows sorted by group, each group with its own matrix: one signature, several backends."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from moe.ops.grouped_matmul.blocked import blocked_matmul
 from moe.ops.grouped_matmul.ragged import ragged_matmul
 
-Backend = Literal["auto", "blocked", "ragged", "triton"]
+Backend = Literal["auto", "blocked", "ragged"]
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto") -> jax.Array:
@@ -21,15 +22,14 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
         x_RD: rows sorted by group.
         w_EDF: one matrix a group, of x's dtype.
         sizes_E: i32, rows of each group; their sum is at most R.
-        backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, which XLA lowers to a
-            product over all groups on most platforms; "triton" is a Pallas kernel for GPUs; "auto" takes the fastest
-            for the platform.
+        backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, for GPUs; "auto" takes
+            the one for the platform.
 
     Returns:
         y_RF of x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a backend that this platform does not have.
+        ValueError: shapes or dtypes that do not fit, or an unknown backend.
     """
     R, E = x_RD.shape[0], w_EDF.shape[0]
     if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
@@ -39,8 +39,13 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
     if backend == "auto":
-        backend = "triton" if jax.default_backend() == "gpu" else "blocked"
+        backend = "ragged" if jax.default_backend() == "gpu" else "blocked"
+    if backend not in _BACKENDS:
+        raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](x_RD, w_EDF, sizes_E)
 
 
-_BACKENDS = {"blocked": blocked_matmul, "ragged": ragged_matmul}
+_BACKENDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "blocked": blocked_matmul,
+    "ragged": ragged_matmul,
+}
