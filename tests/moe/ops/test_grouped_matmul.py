@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.ops.grouped_matmul import grouped_matmul
+from tests.closeness import assert_trees_equal_to_scale
+
+BACKENDS = ["blocked", "ragged"]
+D, F = 12, 20
+
+
+def oracle(x_RD, w_EDF, sizes_E):
+    y_RF = np.zeros((len(x_RD), w_EDF.shape[2]))
+    row = 0
+    for expert, size in enumerate(sizes_E):
+        for _ in range(size):
+            y_RF[row] = x_RD[row] @ w_EDF[expert]
+            row += 1
+    return y_RF
+
+
+def oracle_gradients(x_RD, w_EDF, sizes_E, dy_RF):
+    dx_RD, dw_EDF = np.zeros(x_RD.shape), np.zeros(w_EDF.shape)
+    row = 0
+    for expert, size in enumerate(sizes_E):
+        for _ in range(size):
+            dx_RD[row] = w_EDF[expert] @ dy_RF[row]
+            dw_EDF[expert] += np.outer(x_RD[row], dy_RF[row])
+            row += 1
+    return dx_RD, dw_EDF
+
+
+def arrays(num_rows, num_experts, dtype=np.float32):
+    r = np.random.default_rng(0)
+    return tuple(
+        jnp.asarray(r.normal(size=shape), dtype) for shape in [(num_rows, D), (num_experts, D, F), (num_rows, F)]
+    )
+
+
+def both(backend, x_RD, w_EDF, sizes_E, dy_RF):
+    def product(x_RD, w_EDF):
+        return grouped_matmul(x_RD, w_EDF, jnp.array(sizes_E, jnp.int32), backend=backend)
+
+    y_RF, pull = jax.vjp(product, x_RD, w_EDF)
+    return y_RF, pull(dy_RF)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestContract:
+    @pytest.mark.parametrize(
+        "sizes",
+        [[300, 0, 7, 100], [0, 0, 0, 0], [407, 0, 0, 0], [0, 0, 0, 407], [128, 128, 128, 23], [1, 1, 1, 1]],
+        ids=str,
+    )
+    def test_values_and_gradients(self, backend, sizes):
+        x_RD, w_EDF, dy_RF = arrays(407, 4)
+        y_RF, gradients = both(backend, x_RD, w_EDF, sizes, dy_RF)
+        exact = [np.asarray(a, np.float64) for a in (x_RD, w_EDF, dy_RF)]
+        assert_trees_equal_to_scale(y_RF, oracle(exact[0], exact[1], sizes))
+        assert_trees_equal_to_scale(gradients, oracle_gradients(exact[0], exact[1], sizes, exact[2]))
+
+    @settings(max_examples=15, deadline=None)
+    @given(sizes=st.lists(st.integers(0, 40), min_size=5, max_size=5))
+    def test_any_sizes(self, backend, sizes):
+        x_RD, w_EDF, dy_RF = arrays(200, 5)
+        y_RF, gradients = both(backend, x_RD, w_EDF, sizes, dy_RF)
+        exact = [np.asarray(a, np.float64) for a in (x_RD, w_EDF, dy_RF)]
+        assert_trees_equal_to_scale(y_RF, oracle(exact[0], exact[1], sizes))
+        assert_trees_equal_to_scale(gradients, oracle_gradients(exact[0], exact[1], sizes, exact[2]))
+
+    def test_padding_may_hold_anything(self, backend):
+        x_RD, w_EDF, dy_RF = arrays(200, 3)
+        sizes = [50, 0, 60]
+        clean = both(backend, x_RD.at[110:].set(0), w_EDF, sizes, dy_RF.at[110:].set(0))
+        dirty = both(backend, x_RD.at[110:].set(jnp.nan), w_EDF, sizes, dy_RF.at[110:].set(jnp.inf))
+        jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+        assert (np.asarray(dirty[0])[110:] == 0).all()
+        assert (np.asarray(dirty[1][0])[110:] == 0).all()
+        assert (np.asarray(dirty[1][1])[1] == 0).all()
+
+    def test_no_rows(self, backend):
+        x_RD, w_EDF, dy_RF = arrays(0, 3)
+        y_RF, (dx_RD, dw_EDF) = both(backend, x_RD, w_EDF, [0, 0, 0], dy_RF)
+        assert (y_RF.shape, dx_RD.shape) == ((0, F), (0, D))
+        assert (np.asarray(dw_EDF) == 0).all()
+
+    def test_bf16_accumulates_in_float32(self, backend):
+        x_RD, w_EDF, dy_RF = (jnp.ones(shape, jnp.bfloat16) for shape in [(1024, D), (1, D, F), (1024, F)])
+        y_RF, (_, dw_EDF) = both(backend, x_RD, w_EDF, [1024], dy_RF)
+        assert y_RF.dtype == dw_EDF.dtype == jnp.bfloat16
+        # In bfloat16 alone a sum of ones stops at 256.
+        assert (np.asarray(dw_EDF, np.float32) == 1024).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w_EDF": jnp.zeros((2, D + 1, F))}, "must agree in D and E"),
+        ({"sizes_E": jnp.zeros(3, jnp.int32)}, "must agree in D and E"),
+        ({"w_EDF": jnp.zeros((2, D, F), jnp.bfloat16)}, "x_RD is float32 and w_EDF bfloat16"),
+        ({"backend": "cutlass"}, "execution.grouped_matmul='cutlass': give 'auto' or one of blocked, ragged"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    arguments = {"x_RD": jnp.zeros((8, D)), "w_EDF": jnp.zeros((2, D, F)), "sizes_E": jnp.zeros(2, jnp.int32)}
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(**(arguments | changes))
