@@ -1,0 +1,92 @@
+"""Tokens a second of the 158M preset's whole train step, beside a dense model of the same active size.
+
+    python -m benchmarks.train_step [--repeats 5]
+
+The three models take turns in one process, so that they share the machine's moods; ratios compare turns with turns.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe.model.config import ModelConfig
+from moe.model.count import train_flops_per_token
+from moe.model.execution import Execution
+from moe.model.precision import FULL, Precision
+from moe.model.presets import SPEED_158M
+from moe.train.data import Batch
+from moe.train.optimizer import OptimizerConfig
+from moe.train.state import make_blueprint
+from moe.train.step import make_train_step
+from parallel.layout import SINGLE_DEVICE
+
+BATCH, LENGTH = 4, 512
+DENSE = replace(SPEED_158M, num_experts=0, num_shared_experts=0, d_dense=2 * SPEED_158M.d_expert)
+"""The shared and the one chosen expert as one feed-forward layer: the same products for each token, no routing."""
+
+CONTENDERS: dict[str, tuple[ModelConfig, Precision]] = {
+    "MoE 158M, bfloat16": (SPEED_158M, Precision()),
+    "MoE 158M, float32": (SPEED_158M, FULL),
+    "dense of its active size, bfloat16": (DENSE, Precision()),
+    "dense of its active size, float32": (DENSE, FULL),
+}
+
+
+def stepper(config: ModelConfig, precision: Precision) -> tuple[Callable[[], float], float]:
+    """A function that takes one step and returns its seconds, and the model FLOPs of a token."""
+    blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), SINGLE_DEVICE, steps=10_000)
+    step = make_train_step(blueprint, seed=0)
+    random = np.random.default_rng(0)
+    tokens_BT, targets_BT = random.integers(0, config.vocab_size, (2, BATCH, LENGTH)).astype(np.int32)
+    positions_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+    ones_BT = np.ones((BATCH, LENGTH), np.int32)
+    batch = Batch(tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(np.float32))
+    state = blueprint.create_state(seed=0)
+
+    def take() -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - begin
+
+    take()
+    return take, train_flops_per_token(config, blueprint.specs, LENGTH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each model (default 5)")
+    repeats = parser.parse_args().repeats
+    steppers = {name: stepper(*contender) for name, contender in CONTENDERS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for _ in range(repeats):
+        for name, (take, _) in steppers.items():
+            seconds[name].append(take())
+
+    table = Table(
+        f"{BATCH} x {LENGTH} tokens", "tokens/s", "model GFLOP/s", "of the dense one in the same format", box=None
+    )
+    for name, (_, flops) in steppers.items():
+        rates = BATCH * LENGTH / np.array(seconds[name])
+        rival = name.replace("MoE 158M", "dense of its active size")
+        ratios = np.array(seconds[rival]) / np.array(seconds[name])
+        table.add_row(
+            name,
+            f"{np.median(rates):,.0f} ({rates.min():,.0f} to {rates.max():,.0f})",
+            f"{np.median(rates) * flops / 1e9:,.0f}",
+            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+        )
+    console = Console(width=120, highlight=False)
+    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {repeats} turns: median (least to most)")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
