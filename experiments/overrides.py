@@ -126,7 +126,7 @@ def _groups(known: Mapping[str, Setting]) -> list[str]:
 
 
 def _nearest(path: str, known: list[str]) -> list[str]:
-    """Known paths with the same last name; failing that, those that are spelt like the path or like its last name."""
+    """Known paths with the same last name; failing that, with one spelt like it; failing that, spelt like the path."""
     last = path.rpartition(".")[2]
     by_last: dict[str, list[str]] = {}
     for candidate in known:
