@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import jax
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,8 @@ from experiments.experiment import Experiment
 from experiments.overrides import parse_changes, settings
 from moe.model.config import ConfigError
 from moe.model.count import count_parameters
+from moe.model.parameter import specs_of
+from moe.model.transformer import HunyuanMoE
 from moe.serve.sample import sample_text
 from moe.train.checkpoint import CheckpointError
 from moe.train.corpus import DataError
@@ -45,20 +48,31 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        experiment = load_experiment(Path(options.experiment))
+        as_written = load_experiment(Path(options.experiment))
         assignments = [*options.set, *([f"training.steps={options.steps}"] if options.steps is not None else [])]
-        experiment = experiment.vary(parse_changes(experiment, assignments))
+        experiment = as_written.vary(parse_changes(as_written, assignments))
         if options.show:
             show(experiment, console)
             return 0
-        outcome = run(experiment, Path(options.run_dir or f"runs/{experiment.name}"), console)
+        path = Path(options.run_dir) if options.run_dir else default_folder(experiment, as_written)
+        outcome = run(experiment, path, console)
     except MISTAKES as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}")
         return 2
     except FAILURES as error:
         errors.print(f"[bold red]failed:[/] {_escaped(error)}")
         return 1
+    except OSError as error:
+        errors.print(f"[bold red]failed:[/] {_escaped(error)}; what was written before is kept, see {path}")
+        return 1
     return 0 if outcome.finished else 128 + outcome.signal
+
+
+def default_folder(experiment: Experiment, as_written: Experiment) -> Path:
+    """runs/NAME for the experiment as its file has it; a variant with other numbers gets a folder of its own."""
+    fingerprint = experiment.fingerprint()
+    variant = "" if fingerprint == as_written.fingerprint() else f"-{fingerprint[:8]}"
+    return Path("runs") / f"{experiment.name}{variant}"
 
 
 def run(experiment: Experiment, path: Path, console: Console) -> Outcome:
@@ -103,19 +117,25 @@ def load_experiment(path: Path) -> Experiment:
     except ConfigError:
         raise
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(f"{path}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{path}{line}: {type(error).__name__}: {error}") from error
     if not isinstance(found, Experiment):
         raise ConfigError(f"{path}: defines no `experiment = Experiment(...)`; see experiments/tiny.py for one")
     return found
 
 
 def show(experiment: Experiment, console: Console) -> None:
-    """Prints every setting as `--set` takes it, with what may be given."""
+    """Prints every setting as `--set` takes it, with what may be given, and the size of the model."""
     table = Table("setting", "value", "expected", box=None)
     for path, setting in settings(experiment).items():
-        table.add_row(path, setting.text, setting.expected)
+        table.add_row(path, _escaped(setting.text), setting.expected)
     console.print(table)
+    model = nnx.eval_shape(
+        lambda: HunyuanMoE(experiment.model, experiment.precision, experiment.execution, rngs=nnx.Rngs(0))
+    )
+    count = count_parameters(experiment.model, specs_of(model))
+    console.print(f"\n{count.total:,} parameters, {count.active:,} of them active for a token")
 
 
 def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Path, console: Console) -> None:
@@ -166,6 +186,7 @@ def summarize(
     console.print("", table, "")
     _print_routing(records[-1] if "layers" in records[-1] else records[-2], console)
     console.print("[bold]sample[/]", _escaped(sample), "", sep="\n")
+    console.print("the run is finished; for a longer one give --steps, which starts in a folder of its own")
     console.print(f"[bold]metrics[/]      {folder.metrics}   (tensorboard --logdir {folder.tensorboard})")
     console.print(f"[bold]pictures[/]     {folder.pictures}")
     console.print(f"[bold]checkpoints[/]  {folder.checkpoints}")
@@ -226,8 +247,13 @@ def _parser() -> argparse.ArgumentParser:
         help="change a setting by its dotted path; may be given several times (--show lists all)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="the same as --set training.steps=N")
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run writes; by default runs/NAME")
-    parser.add_argument("--show", action="store_true", help="print every setting with its value and exit")
+    parser.add_argument(
+        "--run-dir", metavar="DIR",
+        help="where the run writes; by default runs/NAME, and a folder of its own for each variant of the numbers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--show", action="store_true", help="print every setting with its value, and the size of the model, and exit"
+    )
     return parser
 
 
