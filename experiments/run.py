@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"[bold red]failed:[/] {_escaped(error)}")
         return 1
     except OSError as error:
-        errors.print(f"[bold red]failed:[/] {_escaped(error)}; what was written before is kept, see {path}")
+        errors.print(f"[bold red]failed:[/] {_escaped(error)}; what was written before is kept")
         return 1
     return 0 if outcome.finished else 128 + outcome.signal
 

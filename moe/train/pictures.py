@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from moe.train.metrics import Record
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"  # Okabe and Ito's, told apart by colour-blind readers
-_SMOOTHING = 0.05
 
 
 def draw_loss(records: list[Record], unigram_entropy: float | None, title: str) -> Figure:
@@ -80,10 +79,6 @@ def _series(records: list[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average, corrected for its start."""
-    smooth, mean, weight = np.empty(len(values)), 0.0, 0.0
-    for i, value in enumerate(values):
-        mean += _SMOOTHING * (value - mean)
-        weight += _SMOOTHING * (1 - weight)
-        smooth[i] = mean / weight
-    return smooth
+    """Means over a window around each step, a thirtieth of the run wide; at the ends over what there is of it."""
+    window = np.ones(1 + 2 * (len(values) // 60))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
