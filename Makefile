@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A file of tests stays in one process, so that what its tests share is made once.
+WORKERS := -n logical --dist loadfile
 
-.PHONY: help train test test-full lint bench notebook clean
+.PHONY: help train test test-full test-gpu-compile lint bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -23,15 +25,20 @@ train: $(VENV)/installed ## install, then train experiments/tiny.py on real text
 	$(RUN) -m experiments.run experiments/tiny.py $(ARGS)
 
 test: $(VENV)/installed-dev ## the tests, in a few minutes
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 test-full: $(VENV)/installed-dev ## all tests, the slow ones too
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/installed-dev ## formatting, style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy moe parallel experiments benchmarks
+
+test-gpu-compile: ## compile the GPU backends for an H20, without a GPU (downloads about 5 GB into .venv-plan)
+	test -d .venv-plan || $(PYTHON) -m venv .venv-plan
+	.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
+	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
 
 bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
 	$(RUN) -m benchmarks.train_step

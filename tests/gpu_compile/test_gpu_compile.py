@@ -1,0 +1,62 @@
+"""What cannot run here is at least compiled: the ops' GPU backends, for a described H20.
+
+Needs the CUDA plugin (requirements-plan.txt), JAX_PLATFORMS=cpu and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1; skipped without.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe.ops.attention.cudnn import cudnn_kernel
+from moe.ops.attention.view import View
+from moe.ops.grouped_matmul import grouped_matmul
+from tests.gpu_compile.target import h20_mesh
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="the CUDA plugin is not installed: pip install -r requirements-plan.txt, in an environment of its own",
+)
+
+
+def compiled(function, *shapes):
+    """The optimized program for one H20, and its memory."""
+    sharding = NamedSharding(h20_mesh({"data": 1}), PartitionSpec())
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    return jax.jit(function).lower(*given).compile()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_compiles_to_cudnns_flash_attention(documents):
+    B, T, N, M, H = 2, 1024, 8, 2, 128
+
+    def loss(q_BTNH, k_BSMH, v_BSMH, positions_BT, segments_BT):
+        view = View(positions_BT, segments_BT, segments_BT, causal=True, plain=not documents)
+        return cudnn_kernel(q_BTNH, k_BSMH, v_BSMH, view).astype(jnp.float32).sum()
+
+    bf16, i32 = jnp.bfloat16, jnp.int32
+    program = compiled(
+        jax.grad(loss, argnums=(0, 1, 2)),
+        ((B, T, N, H), bf16), ((B, T, M, H), bf16), ((B, T, M, H), bf16), ((B, T), i32), ((B, T), i32),
+    )  # fmt: skip
+    text = program.as_text()
+    assert "__cudnn$fmha" in text
+    assert "Backward" in text
+    # No scores of B·N·T·T in any format.
+    assert program.memory_analysis().temp_size_in_bytes < B * N * T * T * 2
+
+
+def test_the_grouped_product_compiles():
+    R, D, F, E = 4096, 1024, 2048, 16
+
+    def loss(x_RD, w_EDF, sizes_E):
+        return grouped_matmul(x_RD, w_EDF, sizes_E, backend="ragged").astype(jnp.float32).sum()
+
+    program = compiled(
+        jax.grad(loss, argnums=(0, 1)), ((R, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((E,), jnp.int32)
+    )
+    assert program.memory_analysis().temp_size_in_bytes > 0
+    assert np.prod(program.output_shardings[0].shard_shape((R, D))) == R * D
