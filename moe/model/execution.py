@@ -15,6 +15,6 @@ class Execution:
     """
 
     attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"
-    grouped_matmul: Literal["auto", "blocked", "ragged"] = "auto"
+    grouped_matmul: Literal["auto", "blocked", "ragged", "triton"] = "auto"
     exchange: Literal["padded", "gathered"] = "padded"
     remat: Literal["none", "full", "matmuls"] = "none"

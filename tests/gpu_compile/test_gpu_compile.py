@@ -4,16 +4,17 @@ Needs the CUDA plugin (requirements-plan.txt), JAX_PLATFORMS=cpu and JAX_SKIP_CU
 """
 
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe.ops.attention.cudnn import cudnn_kernel
 from moe.ops.attention.view import View
 from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.grouped_matmul.triton import triton_kernels
 from tests.gpu_compile.target import h20_mesh
 
 pytestmark = pytest.mark.skipif(
@@ -49,14 +50,24 @@ def test_attention_compiles_to_cudnns_flash_attention(documents):
     assert program.memory_analysis().temp_size_in_bytes < B * N * T * T * 2
 
 
-def test_the_grouped_product_compiles():
-    R, D, F, E = 4096, 1024, 2048, 16
+R, D, F, E = 4096, 1024, 2048, 16
 
+
+def compiled_gradients(product):
     def loss(x_RD, w_EDF, sizes_E):
-        return grouped_matmul(x_RD, w_EDF, sizes_E, backend="ragged").astype(jnp.float32).sum()
+        return jnp.sin(product(x_RD, w_EDF, sizes_E).astype(jnp.float32)).sum()
 
-    program = compiled(
-        jax.grad(loss, argnums=(0, 1)), ((R, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((E,), jnp.int32)
-    )
-    assert program.memory_analysis().temp_size_in_bytes > 0
-    assert np.prod(program.output_shardings[0].shard_shape((R, D))) == R * D
+    bf16 = jnp.bfloat16
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1)), ((R, D), bf16), ((E, D, F), bf16), ((E,), jnp.int32))
+
+
+def test_the_grouped_product_compiles_to_triton_without_copies_of_the_rows():
+    program = compiled_gradients(lambda *arrays: triton_kernels(*arrays, False))
+    # Forward, dx and dw.
+    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    # At most y and dy in bfloat16, and a few row tables.
+    assert program.memory_analysis().temp_size_in_bytes < 2.1 * R * F * 2
+
+
+def test_ragged_dot_compiles():
+    assert "dot" in compiled_gradients(partial(grouped_matmul, backend="ragged")).as_text()

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from moe.ops.grouped_matmul.blocked import blocked_matmul
 from moe.ops.grouped_matmul.ragged import ragged_matmul
+from moe.ops.grouped_matmul.triton import triton_matmul
 
-Backend = Literal["auto", "blocked", "ragged"]
+Backend = Literal["auto", "blocked", "ragged", "triton"]
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto") -> jax.Array:
@@ -22,14 +23,15 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
         x_RD: rows sorted by group.
         w_EDF: one matrix a group, of x's dtype.
         sizes_E: i32, rows of each group; their sum is at most R.
-        backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, for GPUs; "auto" takes
-            the one for the platform.
+        backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, which XLA may
+            lower to a product over all groups; "triton" is a Pallas kernel for NVIDIA GPUs; "auto" takes "triton"
+            there and "blocked" elsewhere.
 
     Returns:
         y_RF of x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown backend.
+        ValueError: shapes or dtypes that do not fit, or a backend that is unknown or not for this platform.
     """
     R, E = x_RD.shape[0], w_EDF.shape[0]
     if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
@@ -39,7 +41,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
     if backend == "auto":
-        backend = "ragged" if jax.default_backend() == "gpu" else "blocked"
+        backend = "triton" if jax.default_backend() == "gpu" else "blocked"
     if backend not in _BACKENDS:
         raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](x_RD, w_EDF, sizes_E)
@@ -48,4 +50,5 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
 _BACKENDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "blocked": blocked_matmul,
     "ragged": ragged_matmul,
+    "triton": triton_matmul,
 }
