@@ -1,11 +1,10 @@
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 
 import jax
 import numpy as np
@@ -136,26 +135,39 @@ def test_steps_that_are_not_finite_stop_the_run(folder, monkeypatch):
     assert not (path / "checkpoints/00000012").exists()
 
 
+KILLS = [
+    ("loop.place_batch", 3),
+    ("checkpoint._digest", 2),
+    ("checkpoint.write_atomically", 3),
+    ("loop.record_of", 3),
+    ("loop.place_batch", 6),
+]
+"""Before which call of which function each start kills itself: in a step before any checkpoint, in the midst of the
+first save, in that of the second, between a step and its record, and in a step or an evaluation later on."""
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_in_the_same_bits(undisturbed, folder):
+def test_killed_again_and_again_a_run_ends_in_the_same_bits(undisturbed, folder):
     path = folder / "killed"
-    command = [sys.executable, "-m", "tests.moe.train.small_run", str(path), str(folder)]
-    draw, kills = random.Random(0), 0
-    begin = time.monotonic()
-    subprocess.run([*command, "training.steps=12"], check=True, capture_output=True)
-    length = time.monotonic() - begin
-    subprocess.run(["rm", "-r", str(path)], check=True)
-    for _ in range(40):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            # Mostly while it steps and saves, which is the last part of a start.
-            assert process.wait(timeout=length * draw.uniform(0.3, 1.0)) == 0, process.stderr.read().decode()
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 2
+    for place, call in KILLS:
+        module, function = place.split(".")
+        code = f"""
+        import os
+        from pathlib import Path
+        from moe.train import {module}
+        from tests.moe.train.small_run import small_run
+        inner, calls = {place}, 0
+        def deadly(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls == {call}:
+                os.kill(os.getpid(), 9)
+            return inner(*args, **kwargs)
+        {module}.{function} = deadly
+        small_run(Path({str(path)!r}), Path({str(folder)!r}))
+        """
+        killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert_same_end(path, folder, undisturbed)
 
 
