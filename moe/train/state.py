@@ -89,7 +89,8 @@ class Blueprint:
         )
 
     def create_state(self, seed: int) -> TrainState:
-        """A fresh state, each array made on the devices that keep it; the same numbers on every mesh."""
+        """A fresh state, each array made on the devices that keep it; the same numbers on every mesh, but
+        for rounding of the last bit."""
         return jax.jit(self.new_state, out_shardings=self.shardings())(run_key(seed, Purpose.INITIALIZE))
 
 

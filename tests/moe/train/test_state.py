@@ -25,7 +25,8 @@ def blueprint_of(layout, config=SMALL, precision=FULL):
 def test_every_mesh_starts_from_the_same_numbers():
     alone = blueprint_of(SINGLE_DEVICE).create_state(seed=3)
     spread = blueprint_of(Layout(make_mesh(MeshConfig(data=2, expert=4)))).create_state(seed=3)
-    jax.tree.map(np.testing.assert_array_equal, alone, spread)
+    # The same draws; a normal number's last bit may differ where XLA vectorizes another length.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone, spread)
     other = blueprint_of(SINGLE_DEVICE).create_state(seed=4)
     assert (np.asarray(alone.params["embedding_VD"]) != np.asarray(other.params["embedding_VD"])).any()
 
