@@ -22,7 +22,7 @@ from experiments.overrides import parse_changes, settings
 from moe.model.config import ConfigError
 from moe.model.count import count_parameters
 from moe.model.parameter import specs_of
-from moe.model.transformer import HunyuanMoE
+from moe.model.transformer import Transformer
 from moe.serve.sample import sample_text
 from moe.train.checkpoint import CheckpointError
 from moe.train.corpus import DataError
@@ -132,7 +132,7 @@ def show(experiment: Experiment, console: Console) -> None:
         table.add_row(path, _escaped(setting.text), setting.expected)
     console.print(table)
     model = nnx.eval_shape(
-        lambda: HunyuanMoE(experiment.model, experiment.precision, experiment.execution, rngs=nnx.Rngs(0))
+        lambda: Transformer(experiment.model, experiment.precision, experiment.execution, rngs=nnx.Rngs(0))
     )
     count = count_parameters(experiment.model, specs_of(model))
     console.print(f"\n{count.total:,} parameters, {count.active:,} of them active for a token")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.cache import GroupCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import matrix, norm_scale
@@ -30,14 +31,20 @@ class Sight(NamedTuple):
 
 
 class SharedKeyValue(NamedTuple):
-    """Keys and values of one cross-layer group: k_BSMH with RoPE and, with QK-norm, normalised but not yet scaled."""
+    """Keys and values of one cross-layer group, as its queries meet them.
+
+    k_BSMH: with RoPE; with a norm after RoPE, normalised but not yet scaled.
+    cache: from which earlier tokens' keys and values came, with the new ones in it; None without a cache.
+    """
 
     k_BSMH: jax.Array
     v_BSMH: jax.Array
+    cache: GroupCache | None = None
 
 
 class Attention(nnx.Module):
-    """Attention of one layer (released code, HunYuanAttention): RoPE first, then RMSNorm of each head's q and k.
+    """Attention of one layer (released code, HunYuanAttention): RoPE first, then RMSNorm of each head's q and k; or,
+    with qk_norm "before_rope", the other way round (Qwen3, arXiv 2505.09388).
 
     In a cross-layer group the first layer projects k and v, and the others take them, each with its own key norm.
     RoPE and the norm's division are the same for all of them, so they are done once, and each layer's key-norm weight
@@ -58,42 +65,64 @@ class Attention(nnx.Module):
             self.w_k_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
             self.w_v_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
         self.qk_norm = config.qk_norm
-        if config.qk_norm:
+        if config.qk_norm != "none":
             self.q_norm_H = norm_scale("H", H, precision)
             self.k_norm_H = norm_scale("H", H, precision)
 
     def __call__(
-        self, x_BTD: jax.Array, sight: Sight, shared: SharedKeyValue | None, layout: Layout
+        self,
+        x_BTD: jax.Array,
+        sight: Sight,
+        shared: SharedKeyValue | None,
+        layout: Layout,
+        cache: GroupCache | None = None,
     ) -> tuple[jax.Array, SharedKeyValue]:
         """
         Args:
             shared: keys and values of the group's first layer; None in the first layer itself.
+            cache: of the group, for its first layer: x_BTD goes on from the tokens in it, and a token's position is
+                its slot. None where x_BTD is all there is to see.
 
         Returns:
             y_BTD in the compute format, and the keys and values for the layers that follow in the group.
         """
         kv = self._project_kv(x_BTD, sight, layout) if self.projects_kv else shared
         assert kv is not None, "a layer without its own k and v follows the first of its group"
-        w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
-        q_BTNH = apply_rope(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), sight.rope)
-        if self.qk_norm:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
-            q_BTNH *= self.k_norm_H[...].astype(self.dtype)
+        if cache is not None and self.projects_kv:
+            kv = SharedKeyValue(*cache.append(kv.k_BSMH, kv.v_BSMH, sight.positions_BT[:, 0]))
+        q_BTNH = self._queries(x_BTD, sight, layout)
+        # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
+        slots_BT, segments_BT = (None, sight.segments_BT) if kv.cache is None else (sight.positions_BT, None)
         y_BTNH = attention(
             q_BTNH,
             kv.k_BSMH,
             kv.v_BSMH,
-            segments_BT=sight.segments_BT,
-            segments_BS=sight.segments_BT,
+            query_positions_BT=slots_BT,
+            segments_BT=segments_BT,
+            segments_BS=segments_BT,
             backend=self.backend,
         )
         w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), kv
 
+    def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:
+        w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH)
+        if self.qk_norm == "before_rope":
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
+        q_BTNH = apply_rope(q_BTNH, sight.rope)
+        if self.qk_norm == "after_rope":
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
+            q_BTNH *= self.k_norm_H[...].astype(self.dtype)
+        return q_BTNH
+
     def _project_kv(self, x_BSD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
         w_k_DMH = layout.gather(self.w_k_DMH[...].astype(self.dtype), "DMH")
         w_v_DMH = layout.gather(self.w_v_DMH[...].astype(self.dtype), "DMH")
-        k_BSMH = apply_rope(jnp.einsum("BSD,DMH->BSMH", x_BSD, w_k_DMH), sight.rope)
-        if self.qk_norm:
+        k_BSMH = jnp.einsum("BSD,DMH->BSMH", x_BSD, w_k_DMH)
+        if self.qk_norm == "before_rope":
+            k_BSMH = rms_norm(k_BSMH, self.k_norm_H[...].astype(self.dtype), self.eps)
+        k_BSMH = apply_rope(k_BSMH, sight.rope)
+        if self.qk_norm == "after_rope":
             k_BSMH = rms_norm(k_BSMH, None, self.eps)
         return SharedKeyValue(k_BSMH, jnp.einsum("BSD,DMH->BSMH", x_BSD, w_v_DMH))

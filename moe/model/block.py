@@ -1,10 +1,13 @@
 """One layer, and the group of layers that share keys and values."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe.model.attention import Attention, SharedKeyValue, Sight
+from moe.model.cache import GroupCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.feed_forward import FeedForward
@@ -49,11 +52,12 @@ class Block(nnx.Module):
         layer: jax.Array,
         key: jax.Array | None,
         layout: Layout,
+        cache: GroupCache | None = None,
     ) -> tuple[jax.Array, SharedKeyValue, MoEStats | None]:
         """The layer's output, the keys and values of its group, and a MoE layer's statistics."""
         with jax.named_scope("attention"):
             normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
-            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout)
+            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache)
             x_BTD = layout.constrain(x_BTD + y_BTD, "BTD")
         with jax.named_scope("feed_forward"):
             normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D[...].astype(self.dtype), self.eps)
@@ -64,6 +68,20 @@ class Block(nnx.Module):
             else:
                 y_BTD = self.feed_forward(normed_BTD, layout)
             return layout.constrain(x_BTD + y_BTD, "BTD"), shared, stats
+
+
+class GroupOutput(NamedTuple):
+    """
+    x_BTD: of the last layer.
+    stats: of the group's MoE layers, stacked; None without any.
+    cache: with the new tokens in it; None where there was none.
+    inputs: the x_BTD that each layer took.
+    """
+
+    x_BTD: jax.Array
+    stats: MoEStats | None
+    cache: GroupCache | None
+    inputs: list[jax.Array]
 
 
 class Group(nnx.Module):
@@ -84,12 +102,20 @@ class Group(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: jax.Array, sight: Sight, first_layer: jax.Array, key: jax.Array | None, layout: Layout
-    ) -> tuple[jax.Array, MoEStats | None]:
-        """The last layer's output and the statistics of the group's MoE layers, stacked."""
-        shared, found = None, []
+        self,
+        x_BTD: jax.Array,
+        sight: Sight,
+        first_layer: jax.Array,
+        key: jax.Array | None,
+        layout: Layout,
+        cache: GroupCache | None = None,
+    ) -> GroupOutput:
+        shared, found, inputs = None, [], []
         for place, block in enumerate(self.blocks):
-            x_BTD, shared, stats = block(x_BTD, sight, shared, first_layer + place, key, layout)
+            inputs.append(x_BTD)
+            x_BTD, shared, stats = block(x_BTD, sight, shared, first_layer + place, key, layout, cache)
             if stats is not None:
                 found.append(stats)
-        return x_BTD, jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None
+        assert shared is not None, "a group has at least one layer"
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None
+        return GroupOutput(x_BTD, stacked, shared.cache, inputs)

@@ -26,22 +26,32 @@ def require_positive(config: object, *fields: str, area: str = "") -> None:
             raise ConfigError(f"{area}{name}={value!r}: give a whole number of at least 1")
 
 
+def require_choice(config: object, name: str, choices: tuple[str, ...], area: str = "") -> None:
+    """Raises ConfigError where the field `name` is none of `choices`."""
+    if getattr(config, name) not in choices:
+        raise ConfigError(f"{area}{name}={getattr(config, name)!r}: give one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (Su et al., arXiv 2104.09864), `rotate_half` convention.
 
     With `ntk_alpha` the base becomes theta · alpha^(H/(H-2)): Hunyuan-Large uses alpha 1e5 (Pretrain) or 1e3
     (Instruct) on theta 1e4 (released code, HunYuanDynamicNTKAlphaRotaryEmbedding).
+    frequencies: the number format in which base^(-2i/H) is rounded. The release keeps them in bfloat16 where it has no
+        alpha (HunYuanRotaryEmbedding), and the angles of a late position are then far from the exact ones.
     """
 
     theta: float = 10_000.0
     ntk_alpha: float | None = None
+    frequencies: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.theta <= 0:
             raise ConfigError(f"rope.theta={self.theta}: give a positive base, such as 10000.0")
         if self.ntk_alpha is not None and self.ntk_alpha <= 0:
             raise ConfigError(f"rope.ntk_alpha={self.ntk_alpha}: give a positive alpha, or None for plain RoPE")
+        require_choice(self, "frequencies", ("float32", "bfloat16"), area="rope.")
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,8 @@ class RouterConfig:
                 f"router.capacity_factor={self.capacity_factor}: give a positive factor (1.25 is usual), "
                 "or None for dropless routing"
             )
-        for name, choices in (("overflow", ("drop", "recycle")), ("balance", ("aux_loss", "bias", "none"))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"router.{name}={getattr(self, name)!r}: give one of {', '.join(choices)}")
+        require_choice(self, "overflow", ("drop", "recycle"), area="router.")
+        require_choice(self, "balance", ("aux_loss", "bias", "none"), area="router.")
         if self.overflow == "recycle":
             self._check_recycle()
         for name in ("aux_loss_weight", "z_loss_weight", "bias_rate"):
@@ -114,6 +123,10 @@ class ModelConfig:
         them are one feed-forward layer of num_shared_experts · d_expert (released code, HunYuanMLP is_shared_mlp).
     d_dense: hidden width of the layers that are dense: the first `num_dense_layers`, or all where num_experts is 0.
     cla_factor: layers that share one key and value projection (cross-layer attention, arXiv 2405.12981); 1 is none.
+    qk_norm: where each head's query and key pass an RMSNorm: after RoPE as in Hunyuan, before it as in Qwen3, or
+        nowhere.
+    padding_id: token whose lookup gives no gradient to its row of the embedding (released code: the padding_idx of
+        torch.nn.Embedding); None for no such token.
     """
 
     vocab_size: int
@@ -128,10 +141,11 @@ class ModelConfig:
     d_dense: int = 0
     num_dense_layers: int = 0
     cla_factor: int = 1
-    qk_norm: bool = True
+    qk_norm: Literal["after_rope", "before_rope", "none"] = "after_rope"
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    padding_id: int | None = None
     rope: RopeConfig = field(default_factory=RopeConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
 
@@ -144,8 +158,16 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 f"use {divisors(self.num_heads)} key-value heads"
             )
+        require_choice(self, "qk_norm", ("after_rope", "before_rope", "none"))
+        if self.qk_norm == "before_rope" and self.cla_factor > 1:
+            raise ConfigError(
+                f"qk_norm='before_rope' with cla_factor={self.cla_factor}: layers that share keys can have key norms "
+                "of their own only after RoPE; set qk_norm='after_rope', or cla_factor=1"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: RoPE turns pairs of channels, give an even width")
+        if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
+            raise ConfigError(f"padding_id={self.padding_id}: give a token from 0 to {self.vocab_size - 1}, or None")
         if self.num_experts < 0 or self.num_shared_experts < 0 or self.num_dense_layers < 0:
             raise ConfigError("num_experts, num_shared_experts and num_dense_layers must be at least 0")
         if self.num_dense_layers > self.num_layers:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe.model.attention import Sight
 from moe.model.block import Group
+from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.moe_layer import MoELayer, MoEStats
@@ -21,13 +22,20 @@ from parallel.layout import SINGLE_DEVICE, Layout
 
 
 class Output(NamedTuple):
-    """hidden_BTD: after the final norm, in the compute format. stats: of the MoE layers, stacked over L; or None."""
+    """
+    hidden_BTD: after the final norm, in the compute format.
+    stats: of the MoE layers, stacked over L; None without any.
+    cache: with these tokens in it; None where none was given.
+    layer_inputs_LBTD: the residual stream before each layer; None unless asked for.
+    """
 
     hidden_BTD: jax.Array
     stats: MoEStats | None
+    cache: KVCache | None = None
+    layer_inputs_LBTD: jax.Array | None = None
 
 
-class HunyuanMoE(nnx.Module):
+class Transformer(nnx.Module):
     """A Hunyuan-shaped decoder (arXiv 2411.02265 §2.1). Parameters are created in the stored format.
 
     Layers of one kind stand stacked, one stack for each run of equal cross-layer groups, and are scanned: a model of
@@ -53,59 +61,64 @@ class HunyuanMoE(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         *,
+        cache: KVCache | None = None,
         key: jax.Array | None = None,
         layout: Layout = SINGLE_DEVICE,
+        keep_layer_inputs: bool = False,
     ) -> Output:
         """
         Args:
             tokens_BT: i32.
             positions_BT: i32, restarting in each document; by default 0 … T-1.
             segments_BT: i32, the document of each token, 0 for padding; by default one document.
+            cache: of the tokens before these, one document a row; `positions_BT` then are the slots that these tokens
+                take in it, one after the other from the row's first.
             key: the step's random key; needed where routing draws at random (router.overflow='recycle').
             layout: where arrays live.
+            keep_layer_inputs: whether to return the residual stream before each layer.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
         rope = self.config.rope
-        tables = rope_tables(positions_BT, self.config.head_dim, theta=rope.theta, ntk_alpha=rope.ntk_alpha)
+        tables = rope_tables(
+            positions_BT,
+            self.config.head_dim,
+            theta=rope.theta,
+            ntk_alpha=rope.ntk_alpha,
+            frequencies=rope.frequencies,
+        )
         sight = Sight(positions_BT, segments_BT, tables)
 
         with jax.named_scope("embedding"):
             # Gathered as stored, so that the gradients of a token seen often are summed in the stored format.
             embedding_VD = layout.gather(self.embedding_VD[...], "VD")
-            x_BTD = layout.constrain(embedding_VD[tokens_BT].astype(self.precision.compute_dtype), "BTD")
-        found, first_layer = [], 0
+            x_BTD = embedding_VD[tokens_BT]
+            if self.config.padding_id is not None:
+                is_padding_BT1 = (tokens_BT == self.config.padding_id)[..., None]
+                x_BTD = jnp.where(is_padding_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
+            x_BTD = layout.constrain(x_BTD.astype(self.precision.compute_dtype), "BTD")
+        found, inputs, first_layer, first_group = [], [], 0, 0
         for stack, (dense, repeat) in zip(self.stacks, layer_groups(self.config), strict=True):
-            x_BTD, stats = self._scan(stack, x_BTD, sight, first_layer, len(dense), repeat, key, layout)
+            scan = _Scan(
+                self.execution.remat, first_layer, first_group, len(dense), repeat, key, layout, keep_layer_inputs
+            )
+            x_BTD, cache, stats, inputs_LBTD = scan(stack, x_BTD, sight, cache)
             first_layer += len(dense) * repeat
+            first_group += repeat
+            if inputs_LBTD is not None:
+                inputs.append(inputs_LBTD)
             if stats is not None:
                 found.append(stats)
         with jax.named_scope("final_norm"):
             hidden_BTD = rms_norm(x_BTD, self.norm_D[...].astype(x_BTD.dtype), self.config.norm_eps)
-        return Output(hidden_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None)
-
-    def _scan(
-        self,
-        stack: Group,
-        x_BTD: jax.Array,
-        sight: Sight,
-        first_layer: int,
-        layers_per_group: int,
-        repeat: int,
-        key: jax.Array | None,
-        layout: Layout,
-    ) -> tuple[jax.Array, MoEStats | None]:
-        graph, weights = nnx.split(stack)
-
-        def group(x_BTD, weights_and_layer):
-            weights, layer = weights_and_layer
-            return nnx.merge(graph, weights)(x_BTD, sight, layer, key, layout)
-
-        layers = first_layer + layers_per_group * jnp.arange(repeat)
-        x_BTD, stats = jax.lax.scan(rematerialise(group, self.execution.remat), x_BTD, (weights, layers))
-        return x_BTD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
+        return Output(
+            hidden_BTD,
+            jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None,
+            cache,
+            jnp.concatenate(inputs) if keep_layer_inputs else None,
+        )
 
     @property
     def head_weight_VD(self) -> jax.Array:
@@ -132,6 +145,40 @@ class HunyuanMoE(nnx.Module):
                 for place, layer in enumerate(layers):
                     layer.router.move_bias(load_GPE[:, place])
                 first += repeat * len(layers)
+
+
+class _Scan(NamedTuple):
+    """One stack of equal groups as a loop over them. first_layer, first_group: how many come before."""
+
+    remat: str
+    first_layer: int
+    first_group: int
+    layers_per_group: int
+    repeat: int
+    key: jax.Array | None
+    layout: Layout
+    keep_inputs: bool
+
+    def __call__(
+        self, stack: Group, x_BTD: jax.Array, sight: Sight, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
+        graph, weights = nnx.split(stack)
+
+        def group(carry, weights_and_place):
+            x_BTD, cache = carry
+            weights, place = weights_and_place
+            layer = self.first_layer + self.layers_per_group * place
+            group_cache = None if cache is None else cache.group(self.first_group + place)
+            output = nnx.merge(graph, weights)(x_BTD, sight, layer, self.key, self.layout, group_cache)
+            if output.cache is not None:
+                cache = KVCache(output.cache.k_BGSMH, output.cache.v_BGSMH)
+            inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
+            return (output.x_BTD, cache), (output.stats, inputs_PBTD)
+
+        places = jnp.arange(self.repeat)
+        (x_BTD, cache), found = jax.lax.scan(rematerialise(group, self.remat), (x_BTD, cache), (weights, places))
+        stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        return x_BTD, cache, stats, inputs_LBTD
 
 
 def _stacked_groups(

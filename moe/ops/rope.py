@@ -2,13 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 RopeTables = tuple[jax.Array, jax.Array]
 """cos and sin, each f32 [B, T, H/2]."""
 
 
 def rope_tables(
-    positions_BT: jax.Array, head_dim: int, *, theta: float = 10_000.0, ntk_alpha: float | None = None
+    positions_BT: jax.Array,
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    ntk_alpha: float | None = None,
+    frequencies: DTypeLike = jnp.float32,
 ) -> RopeTables:
     """cos and sin of position · base^(-2i/H) for i < H/2 (Su et al., arXiv 2104.09864, eq. 15).
 
@@ -17,6 +23,7 @@ def rope_tables(
     Args:
         positions_BT: i32, the place of each token in its document.
         head_dim: H, even.
+        frequencies: the format to which base^(-2i/H) is rounded; angles are computed from them in float32.
 
     Raises:
         ValueError: `head_dim` is odd, or 2 together with `ntk_alpha`.
@@ -26,8 +33,8 @@ def rope_tables(
     if ntk_alpha is not None and head_dim == 2:
         raise ValueError(f"head_dim=2 with ntk_alpha={ntk_alpha}: alpha's power H/(H-2) needs a head_dim of at least 4")
     base = theta if ntk_alpha is None else theta * ntk_alpha ** (head_dim / (head_dim - 2))
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    inverse_base = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse_base.astype(frequencies).astype(jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from moe.model.transformer import HunyuanMoE
+from moe.model.transformer import Transformer
 from moe.train.tokenizer import Tokenizer
 from parallel.layout import SINGLE_DEVICE
 
 
 def sample_text(
-    model: HunyuanMoE, tokenizer: Tokenizer, prompt: str, *, length: int, temperature: float = 0.8, seed: int = 0
+    model: Transformer, tokenizer: Tokenizer, prompt: str, *, length: int, temperature: float = 0.8, seed: int = 0
 ) -> str:
     """The prompt and up to `length` tokens more, on one device; ends where the model ends the document.
 
@@ -31,7 +31,7 @@ def sample_text(
     row_T = jnp.array(tokens + [tokenizer.pad] * length, jnp.int32)
 
     @jax.jit
-    def draw(model: HunyuanMoE, row_T: jax.Array, count: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(model: Transformer, row_T: jax.Array, count: jax.Array, key: jax.Array) -> jax.Array:
         segments_BT = (jnp.arange(total) < count)[None].astype(jnp.int32)
         hidden_BTD = model(row_T[None], None, segments_BT, key=key).hidden_BTD
         last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BTD, count - 1, 1, axis=1)

@@ -14,7 +14,7 @@ from moe.model.execution import Execution
 from moe.model.parameter import ParameterSpec, SelectionBias, specs_of
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
-from moe.model.transformer import HunyuanMoE
+from moe.model.transformer import Transformer
 from moe.train.optimizer import OptimizerConfig, make_optimizer
 from parallel.layout import Layout
 
@@ -46,13 +46,13 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
 
-    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> HunyuanMoE:
+    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
         """The model with these parameters and selection biases."""
         return nnx.merge(self.graph, params, balance)
 
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
-        model = HunyuanMoE(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
+        model = Transformer(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
         opt_state = self.optimizer.init(params)
@@ -104,7 +104,7 @@ def make_blueprint(
     steps: int,
 ) -> Blueprint:
     """Plans a run of `steps` steps. Makes no array."""
-    model = nnx.eval_shape(lambda: HunyuanMoE(config, precision, execution, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
     graph = nnx.graphdef(model)
     specs = specs_of(model)
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)

@@ -68,9 +68,10 @@ def make_train_step(
 
     def objective(params: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
         model = blueprint.model(params, balance)
-        hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
+        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
+        stats = output.stats
         loss = cross_entropy_sum(
-            hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
+            output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
         )
         total = loss / num_targets
         if stats is not None:

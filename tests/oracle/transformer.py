@@ -37,8 +37,10 @@ def attention(x_TD, kv_from, weights, config: ModelConfig, positions_T, segments
     k_TMH, v_TMH = kv_from
 
     def turned(x_H, t, norm):
+        if config.qk_norm == "before_rope":
+            x_H = rms_norm(x_H, weights[norm], config.norm_eps)
         x_H = rope(x_H, positions_T[t], base)
-        return rms_norm(x_H, weights[norm], config.norm_eps) if config.qk_norm else x_H
+        return rms_norm(x_H, weights[norm], config.norm_eps) if config.qk_norm == "after_rope" else x_H
 
     y_TNH = np.zeros(q_TNH.shape)
     for n in range(config.num_heads):

@@ -51,7 +51,8 @@ def attention(
     _check(q_BTNH, k_BSMH, v_BSMH, query_positions_BT, segments_BT, segments_BS)
     view = _view(q_BTNH, k_BSMH, query_positions_BT, segments_BT, segments_BS, causal)
     if backend == "auto":
-        backend = "cudnn" if jax.default_backend() == "gpu" else _fastest_on_cpu(k_BSMH.shape[1])
+        scores = q_BTNH.shape[1] * k_BSMH.shape[1]
+        backend = "cudnn" if jax.default_backend() == "gpu" else _fastest_on_cpu(scores)
     if backend not in _BACKENDS:
         raise ValueError(f"execution.attention={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](q_BTNH, k_BSMH, v_BSMH, view)
@@ -60,8 +61,8 @@ def attention(
 _BACKENDS = {"dense": dense_attention, "chunked": chunked_attention, "cudnn": cudnn_attention}
 
 
-def _fastest_on_cpu(num_keys: int) -> Backend:
-    return "chunked" if num_keys > 1024 else "dense"
+def _fastest_on_cpu(scores_per_head: int) -> Backend:
+    return "chunked" if scores_per_head > 1024**2 else "dense"
 
 
 def _view(

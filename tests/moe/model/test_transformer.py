@@ -10,7 +10,7 @@ from moe.model.config import ModelConfig, RopeConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.parameter import specs_of
 from moe.model.precision import FULL, Precision
-from moe.model.transformer import HunyuanMoE, layer_groups
+from moe.model.transformer import Transformer, layer_groups
 from tests.oracle import transformer as oracle
 
 SMALL = ModelConfig(
@@ -37,7 +37,7 @@ def inputs():
     return tokens_BT, positions_BT, segments_BT
 
 
-def with_random_norms(model: HunyuanMoE) -> dict:
+def with_random_norms(model: Transformer) -> dict:
     """The parameters with norm weights that are not all one, so that their order shows."""
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
@@ -54,8 +54,9 @@ def with_random_norms(model: HunyuanMoE) -> dict:
         {},
         {"cla_factor": 1, "rope": RopeConfig(), "router": RouterConfig(top_k=2)},
         {"cla_factor": 3, "num_layers": 5, "tie_embeddings": False},
-        {"cla_factor": 4, "num_shared_experts": 2, "qk_norm": False},
+        {"cla_factor": 4, "num_shared_experts": 2, "qk_norm": "none"},
         {"num_dense_layers": 1, "d_dense": 20, "num_shared_experts": 0},
+        {"cla_factor": 1, "qk_norm": "before_rope"},
         {"num_experts": 0, "d_dense": 20, "num_layers": 2},
         {"num_kv_heads": 4, "num_layers": 1, "router": RouterConfig(top_k=4)},
     ],
@@ -63,7 +64,7 @@ def with_random_norms(model: HunyuanMoE) -> dict:
 )
 def test_logits_are_the_oracles(changes):
     config = dataclasses.replace(SMALL, **changes)
-    model = HunyuanMoE(config, FULL, Execution(), rngs=nnx.Rngs(0))
+    model = Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0))
     params = with_random_norms(model)
     model = nnx.merge(nnx.graphdef(model), params, {})
     tokens_BT, positions_BT, segments_BT = inputs()
@@ -79,14 +80,14 @@ def test_logits_are_the_oracles(changes):
 
 
 def test_default_positions_and_segments_are_one_document():
-    model = HunyuanMoE(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
+    model = Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
     tokens_BT, positions_BT, segments_BT = inputs()
     alone = model(tokens_BT[:1]).hidden_BTD
     np.testing.assert_array_equal(alone, model(tokens_BT[:1], positions_BT[:1], segments_BT[:1]).hidden_BTD)
 
 
 def test_documents_in_a_row_do_not_see_each_other():
-    model = HunyuanMoE(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
+    model = Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
     tokens_BT, positions_BT, segments_BT = inputs()
     packed = model(tokens_BT, positions_BT, segments_BT).hidden_BTD[1, 3:7]
     alone = model(tokens_BT[1:, 3:7]).hidden_BTD[0]
@@ -95,7 +96,7 @@ def test_documents_in_a_row_do_not_see_each_other():
 
 @pytest.mark.parametrize("remat", ["full", "matmuls"])
 def test_rematerialisation_changes_no_gradient(remat):
-    model = HunyuanMoE(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
+    model = Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     tokens_BT, positions_BT, segments_BT = inputs()
 
@@ -112,8 +113,8 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def test_bf16_computes_in_bf16_and_stays_near():
     tokens_BT, positions_BT, segments_BT = inputs()
-    exact = HunyuanMoE(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))(tokens_BT, positions_BT, segments_BT)
-    rough = HunyuanMoE(SMALL, Precision(), Execution(), rngs=nnx.Rngs(0))(tokens_BT, positions_BT, segments_BT)
+    exact = Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))(tokens_BT, positions_BT, segments_BT)
+    rough = Transformer(SMALL, Precision(), Execution(), rngs=nnx.Rngs(0))(tokens_BT, positions_BT, segments_BT)
     assert rough.hidden_BTD.dtype == jnp.bfloat16
     assert rough.stats.aux_loss.dtype == jnp.float32
     error = np.abs(np.asarray(rough.hidden_BTD, np.float32) - exact.hidden_BTD)

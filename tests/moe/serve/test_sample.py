@@ -7,12 +7,12 @@ from flax import nnx
 from moe.model.execution import Execution
 from moe.model.precision import FULL
 from moe.model.presets import TINY
-from moe.model.transformer import HunyuanMoE
+from moe.model.transformer import Transformer
 from moe.serve.sample import sample_text
 from moe.train.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["a small text to learn from " * 20], 270)
-MODEL = HunyuanMoE(
+MODEL = Transformer(
     dataclasses.replace(TINY, vocab_size=TOKENIZER.size, d_model=32, num_layers=2, d_expert=16, init_std=0.2),
     FULL,
     Execution(),

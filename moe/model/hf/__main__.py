@@ -1,0 +1,74 @@
+"""Checkpoints in and out, and evaluated: python -m moe.model.hf --help
+
+Exit codes: 0 done · 1 a failure of the system, such as a full disk · 2 a mistake in the arguments or the files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe.model.config import ConfigError
+from moe.model.tensor_files import WeightsError
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutError
+from parallel.mesh import MeshConfig, MeshError, make_mesh
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ConfigError, WeightsError, LayoutError, MeshError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"failed: {error}; nothing is left half-written", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "data=2,expert=4" as a mesh.
+
+    Raises:
+        MeshError: an unknown axis, or a size that is no whole number.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in MeshConfig().sizes:
+            raise MeshError(f"--mesh {text}: no axis is called {axis!r}; give {', '.join(MeshConfig().sizes)}")
+        if not size.isdecimal():
+            raise MeshError(f"--mesh {text}: {axis}={size!r} is no whole number; give {axis}=2, for example")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def layout_of(mesh: str | None) -> Layout:
+    """The layout of `--mesh`; without it, one device."""
+    return Layout(make_mesh(parse_mesh(mesh))) if mesh else SINGLE_DEVICE
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from moe.model.hf.evaluate import evaluate
+
+    evaluate(options.checkpoint, options.inputs, options.output, layout_of(options.mesh))
+    print(f"wrote {options.output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe.model.hf", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "evaluate", help="logits, loss, hidden states, all gradients and a greedy continuation of given tokens"
+    )
+    command.add_argument("checkpoint", type=Path, help="a folder with config.json and safetensors files")
+    command.add_argument("--inputs", type=Path, required=True, help="a safetensors file with input_ids (batch, tokens)")
+    command.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
+    command.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
+    command.set_defaults(run=_evaluate)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""A model's parameters as pieces: one layer's array, or one expert's, of the stacked parameters."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from moe.model.config import ModelConfig
+from moe.model.parameter import ParameterSpec
+from moe.model.transformer import layer_groups
+from parallel.layout import Layout
+
+Path = tuple[str | int, ...]
+"""The keys that lead to a parameter in the nested dicts."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    path: of the stacked parameter.
+    index: where in its leading axes the piece stands: () or (group,) or (group, expert).
+    shape, axes: of the piece alone; axes has a letter for each axis.
+    layer: number of the layer it belongs to, from 0; None outside the layers.
+    """
+
+    path: Path
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: str
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        """The stacked parameter's name."""
+        return ".".join(map(str, self.path))
+
+
+class Source(Protocol):
+    """Weights that can be read piece by piece."""
+
+    def dtype(self, piece: Piece) -> np.dtype:
+        """In which the piece is stored."""
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The piece's values, of its shape."""
+
+
+def parameters(specs: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, ParameterSpec]]:
+    """All parameters of the nested dicts, in their order."""
+    for key, value in specs.items():
+        if isinstance(value, ParameterSpec):
+            yield (*path, key), value
+        else:
+            yield from parameters(value, (*path, key))
+
+
+def pieces(config: ModelConfig, specs: dict[str, Any]) -> list[Piece]:
+    """All pieces of a model, those of a stacked parameter one after the other as they lie in memory."""
+    first_layers, layer = [], 0
+    for dense, repeat in layer_groups(config):
+        first_layers.append((layer, len(dense)))
+        layer += len(dense) * repeat
+    found = []
+    for path, spec in parameters(specs):
+        if path[0] != "stacks":
+            found.append(Piece(path, (), spec.shape, spec.axes, None))
+            continue
+        first, layers_per_group = first_layers[int(path[1])]
+        stacked = 2 if spec.kind == "expert" else 1
+        for index in np.ndindex(spec.shape[:stacked]):
+            layer = first + index[0] * layers_per_group + int(path[3])
+            found.append(Piece(path, index, spec.shape[stacked:], spec.axes[stacked:], layer))
+    return found
+
+
+def load(
+    source: Source,
+    config: ModelConfig,
+    specs: dict[str, Any],
+    layout: Layout,
+    dtype: DTypeLike | None = None,
+) -> dict[str, Any]:
+    """The parameters as nested dicts of arrays, each device taking its part of one piece after the other.
+
+    The host holds one piece at a time, whatever the model's size; devices that belong to other processes are left to
+    them, and pieces that no device here keeps are not read.
+
+    Args:
+        dtype: of the arrays; None as stored.
+
+    Raises:
+        WeightsError: a piece is missing or damaged.
+        LayoutError: a parameter does not divide over the mesh.
+    """
+    stacked: dict[Path, _Stacked] = {}
+    by_path = dict(parameters(specs))
+    for piece in pieces(config, specs):
+        if piece.path not in stacked:
+            stored = source.dtype(piece) if dtype is None else dtype
+            stacked[piece.path] = _Stacked(by_path[piece.path], layout, stored)
+        stacked[piece.path].take(piece, source)
+    tree: dict[Any, Any] = {}
+    for path, array in stacked.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = array.whole()
+    return tree
+
+
+class _Stacked:
+    """One stacked parameter while its pieces arrive: a buffer on each device that keeps a part of it."""
+
+    def __init__(self, spec: ParameterSpec, layout: Layout, dtype: DTypeLike) -> None:
+        self.shape, self.dtype = spec.shape, jnp.dtype(dtype)
+        self.sharding: Sharding = layout.stored(spec.axes, spec.shape) or SingleDeviceSharding(jax.devices()[0])
+        self.parts = {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), spec.shape, strict=True))
+            for device, index in self.sharding.addressable_devices_indices_map(spec.shape).items()
+        }
+        self.buffers = {
+            device: jnp.zeros([stop - start for start, stop in part], self.dtype, device=device)
+            for device, part in self.parts.items()
+        }
+
+    def take(self, piece: Piece, source: Source) -> None:
+        """Reads a piece and puts each device's part of it in its place."""
+        values = None
+        for device, part in self.parts.items():
+            leading = list(zip(piece.index, part, strict=False))
+            if not all(start <= i < stop for i, (start, stop) in leading):
+                continue
+            if values is None:
+                values = source.read(piece)
+            own = values[tuple(slice(start, stop) for start, stop in part[len(piece.index) :])]
+            own = own.astype(self.dtype).reshape((1,) * len(piece.index) + own.shape)
+            at = [i - start for i, (start, _) in leading] + [0] * len(piece.shape)
+            self.buffers[device] = _put(self.buffers[device], jax.device_put(own, device), at)
+
+    def whole(self) -> jax.Array:
+        buffers = list(self.buffers.values())
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
+
+
+@jax.jit(donate_argnums=0)
+def _put(buffer: jax.Array, part: jax.Array, at: list[int]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, part, at)
+
+
+def num_bytes(piece: Piece, dtype: np.dtype) -> int:
+    """Of one piece as stored."""
+    return math.prod(piece.shape) * dtype.itemsize
