@@ -36,6 +36,8 @@ WITHOUT_EFFECT = (
 class Experiment:
     """
     name: of the run folder, runs/<name>.
+    init_from: folder with the weights to start from: a checkpoint (moe/model/hf), a model folder or another run; None
+        draws them at random.
 
     Raises ConfigError where the parts do not fit together. Every part has checked itself before.
     """
@@ -48,6 +50,7 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: Precision = field(default_factory=Precision)
     execution: Execution = field(default_factory=Execution)
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for path, setting in settings(self).items():

@@ -22,6 +22,7 @@ from experiments.overrides import parse_changes, settings
 from moe.model.config import ConfigError
 from moe.model.count import count_parameters
 from moe.model.parameter import specs_of
+from moe.model.tensor_files import WeightsError
 from moe.model.transformer import Transformer
 from moe.serve.sample import sample_text
 from moe.train.checkpoint import CheckpointError
@@ -30,12 +31,13 @@ from moe.train.data import Data, open_data
 from moe.train.loop import DivergedError, Outcome, train
 from moe.train.metrics import Record, read_metrics
 from moe.train.pictures import save_pictures
+from moe.train.pretrained import open_pretrained
 from moe.train.run_folder import RunFolder, RunFolderError, write_atomically
-from moe.train.state import Blueprint
+from moe.train.state import Blueprint, TrainState
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError
 
-MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError)
+MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError, WeightsError)
 FAILURES = (CheckpointError, DivergedError)
 LOSS_STEPS = 20
 """The final training loss is the mean of so many last steps."""
@@ -82,6 +84,8 @@ def run(experiment: Experiment, path: Path, console: Console) -> Outcome:
         ConfigError, MeshError, LayoutError, DataError, RunFolderError: what was asked cannot be done.
         CheckpointError, DivergedError: the run failed.
     """
+    if experiment.init_from is not None:
+        open_pretrained(Path(experiment.init_from)).check(experiment.model)
     blueprint = experiment.blueprint()
     with RunFolder.open(
         path, frozen=experiment.frozen(), fingerprint=experiment.fingerprint(), process_index=jax.process_index()
@@ -94,13 +98,30 @@ def run(experiment: Experiment, path: Path, console: Console) -> Outcome:
             process_count=jax.process_count(),
             report=console.print,
         )
+        if jax.process_index() == 0:
+            write_atomically(folder.tokenizer, data.tokenizer.to_json())
         announce(experiment, blueprint, data, path, console)
         outcome = train(
-            blueprint, data, experiment.training, folder, fingerprint=experiment.fingerprint(), console=console
+            blueprint,
+            data,
+            experiment.training,
+            folder,
+            fingerprint=experiment.fingerprint(),
+            console=console,
+            create_state=lambda: first_state(experiment, blueprint),
         )
         if outcome.finished and jax.process_index() == 0:
             summarize(experiment, blueprint, data, folder, outcome, console)
         return outcome
+
+
+def first_state(experiment: Experiment, blueprint: Blueprint) -> TrainState:
+    """The state of step 0: drawn from the seed, or with the weights of `init_from`."""
+    if experiment.init_from is None:
+        return blueprint.create_state(experiment.training.seed)
+    pretrained = open_pretrained(Path(experiment.init_from))
+    params, _ = pretrained.load(blueprint.layout, experiment.precision.parameters)
+    return blueprint.state_from(params)
 
 
 def load_experiment(path: Path) -> Experiment:

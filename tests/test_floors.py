@@ -16,6 +16,9 @@ def modules() -> list[Path]:
 
 
 def floor_of(name: str) -> int | None:
+    # A command is an entrance to its package from the top of moe: nothing imports it.
+    if name.endswith(".__main__"):
+        return FLOORS.index("experiments") - 1
     return next((i for i, floor in enumerate(FLOORS) if name == floor or name.startswith(f"{floor}.")), None)
 
 

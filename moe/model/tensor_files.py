@@ -22,6 +22,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """A file is closed before it grows beyond this, unless it holds a single array. The usual size on model hubs."""
 
+BLOCK_BYTES = 16_000_000
+"""Written at once of an array that must be transposed on the way."""
+
 FORMATS: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -196,13 +199,24 @@ def write_file(file: Path, tensors: list[NewTensor], pieces: Iterator[np.ndarray
         for tensor in tensors:
             missing = tensor.nbytes
             while missing > 0:
-                piece = np.ascontiguousarray(next(pieces))
+                piece = next(pieces)
                 assert piece.dtype == tensor.dtype, f"a piece of {piece.dtype} in {tensor}"
                 assert piece.nbytes <= missing, f"a piece of {piece.nbytes} bytes in {missing} of {tensor}"
-                opened.write(piece.reshape(-1).view(np.uint8).data)
+                for block in _blocks(piece):
+                    opened.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
                 missing -= piece.nbytes
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in parts of its first axis, so that one that lies transposed in memory is not copied whole."""
+    if values.flags.c_contiguous or values.ndim < 2:
+        yield values
+        return
+    rows = max(1, BLOCK_BYTES * len(values) // max(1, values.nbytes))
+    for first in range(0, len(values), rows):
+        yield values[first : first + rows]
 
 
 def _shards(tensors: list[NewTensor], limit: int) -> list[list[NewTensor]]:

@@ -71,7 +71,7 @@ class CheckpointStore:
         self.wait()
         about = {"step": step, "fingerprint": self._fingerprint, "data": data}
         try:
-            self._checkpointer.save(self._saving(step) / "state", args=ocp.args.StandardSave(_named(state)))
+            self._checkpointer.save(self._saving(step) / "state", args=ocp.args.StandardSave(named(state)))
         except Exception as error:
             raise self._failure(step, error) from error
         self._under_way = self._background.submit(self._finish, step, about)
@@ -111,7 +111,7 @@ class CheckpointStore:
         """
         steps = self.steps()
         for step in reversed(steps):
-            damage = _damage(self.path(step))
+            damage = damage_of(self.path(step))
             if damage is None:
                 return self._restore(step, abstract)
             aside = self.path(step).with_name(f"{self.path(step).name}{_DAMAGED}")
@@ -134,8 +134,9 @@ class CheckpointStore:
                 f"({about['fingerprint'][:12]} instead of {self._fingerprint[:12]}); give that run's settings, or "
                 "another --run-dir"
             )
-        named = self._checkpointer.restore(self.path(step) / "state", args=ocp.args.StandardRestore(_named(abstract)))
-        leaves = [named[name] for name in _named(abstract)]
+        wanted = named(abstract)
+        found = self._checkpointer.restore(self.path(step) / "state", args=ocp.args.StandardRestore(wanted))
+        leaves = [found[name] for name in wanted]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), about["data"])
 
     def _saving(self, step: int) -> Path:
@@ -168,8 +169,8 @@ class CheckpointStore:
         return CheckpointError(f"{self.path(step)}: the checkpoint could not be written ({reason}); {which}")
 
 
-def _named(state: TrainState) -> dict[str, Any]:
-    """The state's leaves by name, such as "params.stacks.0.blocks.1.attention.w_q_DNH"."""
+def named(state: Any) -> dict[str, Any]:
+    """A tree's leaves by name, such as "params.stacks.0.blocks.1.attention.w_q_DNH"."""
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -181,7 +182,7 @@ def _digest(file: Path) -> str:
     return digest
 
 
-def _damage(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         files = json.loads((path / "manifest.json").read_text("utf-8"))

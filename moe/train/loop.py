@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any, NamedTuple
@@ -67,9 +68,19 @@ class Outcome(NamedTuple):
 
 
 def train(
-    blueprint: Blueprint, data: Data, config: TrainingConfig, folder: RunFolder, *, fingerprint: str, console: Console
+    blueprint: Blueprint,
+    data: Data,
+    config: TrainingConfig,
+    folder: RunFolder,
+    *,
+    fingerprint: str,
+    console: Console,
+    create_state: Callable[[], TrainState],
 ) -> Outcome:
     """Trains from the newest good checkpoint, or from the start, to the last step.
+
+    Args:
+        create_state: makes the state of step 0, where there is no checkpoint.
 
     SIGTERM and SIGINT let the step end, save and return; a second SIGINT interrupts at once.
 
@@ -81,7 +92,7 @@ def train(
     try:
         restored = store.restore_latest(blueprint.abstract_state(), console.print)
         if restored is None:
-            first, state = 0, blueprint.create_state(config.seed)
+            first, state = 0, create_state()
         else:
             first, state = restored.step, restored.state
             data.train.set_state(restored.data)

@@ -67,6 +67,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

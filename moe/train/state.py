@@ -93,6 +93,16 @@ class Blueprint:
         for rounding of the last bit."""
         return jax.jit(self.new_state, out_shardings=self.shardings())(run_key(seed, Purpose.INITIALIZE))
 
+    def state_from(self, params: dict[str, Any]) -> TrainState:
+        """A state of step 0 with given parameters, which stand where `shardings` says and in the stored format."""
+
+        def begin(params: dict[str, Any]) -> TrainState:
+            balance = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.balance)
+            return TrainState(jnp.zeros((), jnp.int32), params, balance, self.optimizer.init(params))
+
+        abstract = jax.eval_shape(self.new_state, jax.random.key(0))
+        return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
+
 
 def make_blueprint(
     config: ModelConfig,

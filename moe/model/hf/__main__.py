@@ -5,10 +5,21 @@ Exit codes: 0 done · 1 a failure of the system, such as a full disk · 2 a mist
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
 from moe.model.config import ConfigError
+from moe.model.folder import ModelFolder, is_model_folder
+from moe.model.hf.checkpoint import HfCheckpoint
+from moe.model.hf.convert import export_folder, export_trained, import_checkpoint
+from moe.model.hf.evaluate import evaluate
 from moe.model.tensor_files import WeightsError
+from moe.train.checkpoint import CheckpointError
+from moe.train.trained import TrainedModel
 from parallel.layout import SINGLE_DEVICE, Layout, LayoutError
 from parallel.mesh import MeshConfig, MeshError, make_mesh
 
@@ -21,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, WeightsError, LayoutError, MeshError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"failed: {error}; nothing is left half-written", file=sys.stderr)
         return 1
@@ -49,9 +63,34 @@ def layout_of(mesh: str | None) -> Layout:
     return Layout(make_mesh(parse_mesh(mesh))) if mesh else SINGLE_DEVICE
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from moe.model.hf.evaluate import evaluate
+def _import(options: argparse.Namespace) -> None:
+    checkpoint = HfCheckpoint(options.checkpoint)
+    with _progress() as progress:
+        import_checkpoint(checkpoint, options.output, progress)
+    print(f"wrote {options.output}: {checkpoint.family}, {len(checkpoint.tensors)} tensors")
 
+
+def _export(options: argparse.Namespace) -> None:
+    with _progress() as progress:
+        if is_model_folder(options.model):
+            export_folder(ModelFolder(options.model), options.output, progress)
+        else:
+            trained = TrainedModel(options.model)
+            export_trained(trained.arrays(SINGLE_DEVICE), trained.config, options.output, progress)
+            trained.copy_tokenizer(options.output)
+    print(f"wrote {options.output}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """A line of bytes written so far, on standard error where that is a terminal."""
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("written", total=None)
+        yield lambda count: bar.advance(task, count)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
     evaluate(options.checkpoint, options.inputs, options.output, layout_of(options.mesh))
     print(f"wrote {options.output}")
 
@@ -59,6 +98,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m moe.model.hf", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("import", help="a checkpoint into a model folder of our own, of any size")
+    command.add_argument("checkpoint", type=Path, help="a folder with config.json and safetensors files")
+    command.add_argument("output", type=Path, help="the model folder to write; it must not exist")
+    command.set_defaults(run=_import)
+    command = commands.add_parser("export", help="a model folder, or a run, into a checkpoint")
+    command.add_argument("model", type=Path, help="a model folder, or a run's folder (its newest whole checkpoint)")
+    command.add_argument("output", type=Path, help="the checkpoint folder to write; it must not exist")
+    command.set_defaults(run=_export)
     command = commands.add_parser(
         "evaluate", help="logits, loss, hidden states, all gradients and a greedy continuation of given tokens"
     )

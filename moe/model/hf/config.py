@@ -319,6 +319,8 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, An
             if name in ("rope", "router", "init_std", "padding_id"):
                 continue
             mine, theirs = getattr(a, name), getattr(b, name)
+            if name == "ntk_alpha" and (mine or 1.0) == (theirs or 1.0):
+                continue
             if mine != theirs and not _unused(name, one, other):
                 found.append((prefix + name, mine, theirs))
     if one.has_moe:

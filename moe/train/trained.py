@@ -1,0 +1,127 @@
+"""A model that was trained here, read from its run's folder: configuration, parameters, tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from moe.model.config import ConfigError, ModelConfig
+from moe.model.execution import Execution
+from moe.model.folder import config_from_json
+from moe.model.parameter import SelectionBias, specs_of
+from moe.model.pieces import Piece
+from moe.model.precision import Precision
+from moe.model.transformer import Transformer
+from moe.train.checkpoint import CheckpointError, damage_of, named
+from parallel.layout import Layout
+
+
+class ArraySource:
+    """Parameters in memory as nested dicts; a `moe.model.pieces.Source`."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+    def dtype(self, piece: Piece) -> np.dtype:
+        return self._stacked(piece).dtype
+
+    def read(self, piece: Piece) -> np.ndarray:
+        return np.asarray(self._stacked(piece)[piece.index])
+
+    def _stacked(self, piece: Piece) -> jax.Array:
+        array: Any = self.params
+        for key in piece.path:
+            array = array[key]
+        return array
+
+
+class TrainedModel:
+    """The newest whole checkpoint of a run. The run may be going on: nothing is changed in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            ConfigError: no run's folder.
+            CheckpointError: it has no whole checkpoint.
+        """
+        self.folder = folder
+        try:
+            frozen = json.loads((folder / "config.json").read_text("utf-8"))["config"]
+            self.config: ModelConfig = config_from_json(frozen["model"])
+            self.precision = Precision(**frozen["precision"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder}: is no model folder, no checkpoint and no folder of a run of this version ({error})"
+            ) from error
+        model = nnx.eval_shape(lambda: Transformer(self.config, self.precision, Execution(), rngs=nnx.Rngs(0)))
+        self.specs = specs_of(model)
+        self._abstract = {
+            "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+            "balance": nnx.to_pure_dict(nnx.state(model, SelectionBias)),
+        }
+        self.checkpoint = self._newest()
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    def copy_tokenizer(self, target: Path) -> None:
+        """Copies the run's tokenizer into the folder `target`."""
+        if self.tokenizer.is_file():
+            shutil.copyfile(self.tokenizer, target / self.tokenizer.name)
+
+    def arrays(self, layout: Layout) -> ArraySource:
+        """The parameters on `layout`, as stored."""
+        return ArraySource(self.restore(layout)[0])
+
+    def restore(self, layout: Layout, dtype: DTypeLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters on `layout`, and the routers' selection biases, as nested dicts.
+
+        Args:
+            dtype: of the parameters; None as stored.
+        """
+        where = {
+            "params": jax.tree.map(
+                lambda spec: layout.stored(spec.axes, spec.shape), self.specs, is_leaf=lambda x: hasattr(x, "axes")
+            ),
+            "balance": jax.tree.map(lambda _: layout.whole(), self._abstract["balance"]),
+        }
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def place(x: jax.ShapeDtypeStruct, sharding: Any, wanted: DTypeLike | None) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, wanted or x.dtype, sharding=sharding or here)
+
+        abstract = {
+            part: jax.tree.map(
+                lambda x, sharding, wanted=dtype if part == "params" else None: place(x, sharding, wanted),
+                self._abstract[part],
+                where[part],
+                is_leaf=lambda x: x is None,
+            )
+            for part in self._abstract
+        }
+        flat = named(abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(
+                self.checkpoint / "state",
+                args=ocp.args.PyTreeRestore(
+                    flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True
+                ),
+            )
+        tree = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(found[name]) for name in flat])
+        return tree["params"], tree["balance"]
+
+    def _newest(self) -> Path:
+        checkpoints = self.folder / "checkpoints"
+        steps = sorted((p for p in checkpoints.glob("*") if p.name.isdecimal()), reverse=True)
+        for path in steps:
+            if damage_of(path) is None:
+                return path.resolve()
+        raise CheckpointError(f"{checkpoints}: holds no whole checkpoint; train the run first")
