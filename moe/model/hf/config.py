@@ -271,7 +271,7 @@ def hunyuan_settings(config: ModelConfig, torch_dtype: str) -> dict[str, Any]:
         "torch_dtype": torch_dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
-        "intermediate_size": config.d_expert or config.d_dense,
+        "intermediate_size": config.d_expert if config.num_experts else config.d_dense,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

@@ -1,0 +1,64 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.parameter import specs_of
+from moe.model.pieces import load, parameters, pieces
+from moe.model.precision import FULL
+from moe.model.transformer import Transformer
+from moe.train.trained import ArraySource
+from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.mesh import MeshConfig, make_mesh
+
+CONFIG = ModelConfig(
+    vocab_size=24, d_model=16, num_layers=5, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, d_expert=8,
+    cla_factor=2, num_dense_layers=1, d_dense=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG, FULL, Execution(), rngs=nnx.Rngs(0))
+
+
+def test_pieces_make_up_every_parameter_in_the_order_of_memory(model):
+    specs = specs_of(model)
+    for path, spec in parameters(specs):
+        own = [piece for piece in pieces(CONFIG, specs) if piece.path == path]
+        assert sum(int(np.prod(piece.shape)) for piece in own) == np.prod(spec.shape)
+        assert [piece.index for piece in own] == sorted(piece.index for piece in own)
+    layers = {piece.layer for piece in pieces(CONFIG, specs)}
+    assert layers == {None, 0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(data=2, expert=4), MeshConfig(replica=2, expert=2), MeshConfig(data=8)]
+)
+def test_parameters_arrive_whole_where_the_layout_says(model, mesh):
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    specs = specs_of(model)
+    loaded = load(ArraySource(params), CONFIG, specs, layout)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    for path, spec in parameters(specs):
+        array = loaded
+        for key in path:
+            array = array[key]
+        wanted = layout.stored(spec.axes, spec.shape)
+        assert wanted is None or array.sharding == wanted
+
+
+def test_each_piece_is_read_once(model):
+    read = []
+
+    class Counting(ArraySource):
+        def read(self, piece):
+            read.append(piece)
+            return super().read(piece)
+
+    source = Counting(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    load(source, CONFIG, specs_of(model), Layout(make_mesh(MeshConfig(data=2, expert=4))))
+    assert len(read) == len(set(read)) == len(pieces(CONFIG, specs_of(model)))
