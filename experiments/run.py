@@ -24,7 +24,9 @@ from moe.model.count import count_parameters
 from moe.model.parameter import specs_of
 from moe.model.tensor_files import WeightsError
 from moe.model.transformer import Transformer
-from moe.serve.sample import sample_text
+from moe.serve.engine import Weights
+from moe.serve.language_model import HunyuanMoE
+from moe.serve.vocabulary import open_vocabulary
 from moe.train.checkpoint import CheckpointError
 from moe.train.corpus import DataError
 from moe.train.data import Data, open_data
@@ -34,7 +36,7 @@ from moe.train.pictures import save_pictures
 from moe.train.pretrained import open_pretrained
 from moe.train.run_folder import RunFolder, RunFolderError, write_atomically
 from moe.train.state import Blueprint, TrainState
-from parallel.layout import LayoutError
+from parallel.layout import SINGLE_DEVICE, LayoutError
 from parallel.mesh import MeshError
 
 MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError, WeightsError)
@@ -189,7 +191,7 @@ def summarize(
     validation = [record["validation_loss"] for record in records if "validation_loss" in record][-1:]
     entropy = data.statistics.unigram_entropy
     save_pictures(records, folder.pictures, entropy, experiment.name)
-    sample = _sample(blueprint, data, outcome)
+    sample = _sample(blueprint, data, folder, outcome)
     summary = {
         "steps": outcome.step,
         "training_loss": sum(losses) / len(losses),
@@ -232,13 +234,16 @@ def _print_routing(record: Record, console: Console) -> None:
     console.print(table, "")
 
 
-def _sample(blueprint: Blueprint, data: Data, outcome: Outcome) -> str:
+def _sample(blueprint: Blueprint, data: Data, folder: RunFolder, outcome: Outcome) -> str:
     """What the model makes of the beginning of the first held-out document, or of a full stop where there is none."""
     first = next(data.validation(), None)
     prompt = data.tokenizer.decode(first.tokens_BT[0, :16]) if first is not None else "."
     here = jax.local_devices()[0]
-    state = jax.device_put((outcome.state.params, outcome.state.balance), here)
-    return sample_text(blueprint.model(*state), data.tokenizer, prompt, length=100)
+    params, balance = jax.device_put((outcome.state.params, outcome.state.balance), here)
+    weights = Weights(blueprint.config, blueprint.precision, SINGLE_DEVICE, params, balance)
+    vocabulary = open_vocabulary(folder.path, {})
+    model = HunyuanMoE(weights, vocabulary, max_length=2048, name=folder.path.name)
+    return prompt + model.generate(prompt, max_tokens=100, temperature=0.8)
 
 
 def _defines_one(file: Path) -> bool:

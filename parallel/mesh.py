@@ -40,6 +40,23 @@ class MeshConfig:
         return math.prod(self.sizes.values())
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """ "data=2,expert=4" as a mesh.
+
+    Raises:
+        MeshError: an unknown axis, or a size that is no whole number.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in MeshConfig().sizes:
+            raise MeshError(f"mesh {text!r}: no axis is called {axis!r}; give {', '.join(MeshConfig().sizes)}")
+        if not size.isdecimal():
+            raise MeshError(f"mesh {text!r}: {axis}={size!r} is no whole number; give {axis}=2, for example")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """Lays `config` over the first devices of this machine, or of all processes.
 

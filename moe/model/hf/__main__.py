@@ -21,7 +21,7 @@ from moe.model.tensor_files import WeightsError
 from moe.train.checkpoint import CheckpointError
 from moe.train.trained import TrainedModel
 from parallel.layout import SINGLE_DEVICE, Layout, LayoutError
-from parallel.mesh import MeshConfig, MeshError, make_mesh
+from parallel.mesh import MeshError, make_mesh, parse_mesh
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,23 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {error}; nothing is left half-written", file=sys.stderr)
         return 1
     return 0
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """ "data=2,expert=4" as a mesh.
-
-    Raises:
-        MeshError: an unknown axis, or a size that is no whole number.
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if axis not in MeshConfig().sizes:
-            raise MeshError(f"--mesh {text}: no axis is called {axis!r}; give {', '.join(MeshConfig().sizes)}")
-        if not size.isdecimal():
-            raise MeshError(f"--mesh {text}: {axis}={size!r} is no whole number; give {axis}=2, for example")
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
 
 
 def layout_of(mesh: str | None) -> Layout:

@@ -1,0 +1,202 @@
+"""Prefill and decode over a fixed number of slots, each holding one growing text.
+
+A slot's tokens do not depend on what stands in the other slots: routing is dropless, a row attends to itself alone,
+and draws are seeded by the request.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe.model.cache import KVCache, empty_cache
+from moe.model.config import ModelConfig, RouterConfig
+from moe.model.execution import Execution
+from moe.model.precision import Precision
+from moe.model.transformer import Transformer
+from moe.serve.sampling import Sampling, SamplingRows, choose_tokens, sampling_rows
+from parallel.layout import Layout
+
+SHORTEST_BUCKET = 16
+"""Prompts are padded to a power of two of at least so many tokens, so that few shapes are compiled."""
+
+
+class Weights(NamedTuple):
+    """Everything that computes: parameters and selection biases as nested dicts, on `layout`."""
+
+    config: ModelConfig
+    precision: Precision
+    layout: Layout
+    params: dict[str, Any]
+    balance: dict[str, Any]
+
+    def graph(self) -> nnx.GraphDef:
+        """Of the model as it serves: each token goes to the experts it chose, whatever capacity it trained with."""
+        router = replace(self.config.router, capacity_factor=None, overflow="drop")
+        config = replace(self.config, router=router if self.config.has_moe else RouterConfig())
+        return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, self.precision, Execution(), rngs=nnx.Rngs(0))))
+
+
+class ContextError(ValueError):
+    """A text that does not fit: says how long it is and how much room there is."""
+
+
+@dataclass
+class _Slot:
+    sampling: Sampling
+    length: int
+    """Tokens in the cache."""
+    last: int
+    """The newest token, which is not in the cache yet."""
+    generated: int
+
+
+class Engine:
+    """Up to `slots` texts at once, of up to `max_length` tokens each, prompt and answer together."""
+
+    def __init__(self, weights: Weights, *, slots: int, max_length: int) -> None:
+        """
+        Args:
+            slots: rounded up to a multiple of the mesh's parts of a batch.
+        """
+        self.weights = weights
+        shards = weights.layout.batch_shards
+        self.num_slots = -(-slots // shards) * shards
+        self.max_length = max_length
+        self._slots: dict[int, _Slot] = {}
+        self._graph = weights.graph()
+        dtype = weights.precision.compute_dtype
+        make = partial(empty_cache, weights.config, self.num_slots, max_length, dtype, weights.layout)
+        self._cache: KVCache = jax.jit(make)()
+
+    @property
+    def free(self) -> list[int]:
+        """Numbers of the free slots."""
+        return [slot for slot in range(self.num_slots) if slot not in self._slots]
+
+    def check(self, prompt: list[int], sampling: Sampling) -> None:
+        """
+        Raises:
+            ContextError: no tokens, tokens that the model does not have, or too many of them.
+        """
+        vocab = self.weights.config.vocab_size
+        if not prompt:
+            raise ContextError("the prompt has no tokens: give some text to go on from")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ContextError(f"the prompt's tokens go from {min(prompt)} to {max(prompt)}: give 0 to {vocab - 1}")
+        if len(prompt) + sampling.max_tokens > self.max_length:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens and max_tokens={sampling.max_tokens}: "
+                f"together they may be at most {self.max_length}"
+            )
+
+    def admit(self, requests: list[tuple[list[int], Sampling]]) -> list[tuple[int, int]]:
+        """Prefills prompts into free slots, as many as there are requests.
+
+        Returns:
+            for each request its slot and its first token.
+        """
+        for prompt, sampling in requests:
+            self.check(prompt, sampling)
+        slots = self.free[: len(requests)]
+        assert len(slots) == len(requests), "more requests than free slots"
+        shards = self.weights.layout.batch_shards
+        rows = -(-_power_of_two(len(requests)) // shards) * shards
+        longest = max(len(prompt) for prompt, _ in requests)
+        bucket = min(max(SHORTEST_BUCKET, _power_of_two(longest)), self.max_length)
+        tokens_BT = np.zeros((rows, bucket), np.int32)
+        lengths_B, places_B = np.zeros(rows, np.int32), np.full(rows, self.num_slots, np.int32)
+        for row, ((prompt, _), slot) in enumerate(zip(requests, slots, strict=True)):
+            tokens_BT[row, : len(prompt)], lengths_B[row], places_B[row] = prompt, len(prompt), slot
+        idle = [Sampling()] * (rows - len(requests))
+        settings = sampling_rows([sampling for _, sampling in requests] + idle, [0] * rows)
+        first_B, self._cache = _prefill(
+            self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
+            tokens_BT, lengths_B, places_B, settings,
+        )  # fmt: skip
+        first_B = np.asarray(first_B)
+        for row, ((prompt, sampling), slot) in enumerate(zip(requests, slots, strict=True)):
+            self._slots[slot] = _Slot(sampling, len(prompt), int(first_B[row]), generated=1)
+        return [(slot, int(first_B[row])) for row, slot in enumerate(slots)]
+
+    def step(self) -> list[tuple[int, int]]:
+        """One token more in every slot in use: (slot, token)."""
+        if not self._slots:
+            return []
+        idle = _Slot(Sampling(), 0, 0, 0)
+        rows = [self._slots.get(slot, idle) for slot in range(self.num_slots)]
+        active_B = np.array([slot in self._slots for slot in range(self.num_slots)])
+        settings = sampling_rows([row.sampling for row in rows], [row.generated for row in rows])
+        next_B, self._cache = _decode(
+            self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
+            np.array([row.last for row in rows], np.int32), np.array([row.length for row in rows], np.int32),
+            active_B, settings,
+        )  # fmt: skip
+        found = []
+        for slot, token in enumerate(np.asarray(next_B).tolist()):
+            if slot in self._slots:
+                row = self._slots[slot]
+                row.length, row.last, row.generated = row.length + 1, token, row.generated + 1
+                found.append((slot, token))
+        return found
+
+    def release(self, slot: int) -> None:
+        """Frees a slot; what its cache holds is overwritten by the next text."""
+        self._slots.pop(slot, None)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _prefill(
+    graph: nnx.GraphDef,
+    layout: Layout,
+    params: dict[str, Any],
+    balance: dict[str, Any],
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    places_B: jax.Array,
+    settings: SamplingRows,
+) -> tuple[jax.Array, KVCache]:
+    """The first token of each row, and the cache with row b's keys and values in slot places_B[b]."""
+    model = nnx.merge(graph, params, balance)
+    B, T = tokens_BT.shape
+    own = empty_cache(model.config, B, T, cache.k_BGSMH.dtype, layout)
+    valid_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
+    output = model(tokens_BT, None, valid_BT, cache=own, layout=layout)
+    last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+    hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
+    first_B = choose_tokens(model.logits(hidden_B1D, layout)[:, 0], settings)
+    # A row of padding has a place beyond the last slot, and is dropped.
+    k_BGSMH, v_BGSMH = (
+        layout.constrain(old.at[places_B, :, :T].set(new, mode="drop"), "BGSMH")
+        for old, new in zip(cache, output.cache, strict=True)
+    )
+    return first_B, KVCache(k_BGSMH, v_BGSMH)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(
+    graph: nnx.GraphDef,
+    layout: Layout,
+    params: dict[str, Any],
+    balance: dict[str, Any],
+    cache: KVCache,
+    tokens_B: jax.Array,
+    lengths_B: jax.Array,
+    active_B: jax.Array,
+    settings: SamplingRows,
+) -> tuple[jax.Array, KVCache]:
+    """The token after `tokens_B`, and the cache with these in it."""
+    model = nnx.merge(graph, params, balance)
+    output = model(
+        tokens_B[:, None], lengths_B[:, None], active_B[:, None].astype(jnp.int32), cache=cache, layout=layout
+    )
+    return choose_tokens(model.logits(output.hidden_BTD, layout)[:, 0], settings), output.cache
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
