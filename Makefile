@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # A file of tests stays in one process, so that what its tests share is made once.
 WORKERS := -n logical --dist loadfile
 
-.PHONY: help train test test-full test-gpu-compile lint bench clean
+.PHONY: help train test test-full test-gpu-compile test-peers lint bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,11 @@ test-gpu-compile: ## compile the GPU backends for an H20, without a GPU (downloa
 	test -d .venv-plan || $(PYTHON) -m venv .venv-plan
 	.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
 	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
+
+test-peers: ## compare with Hugging Face's implementations (installs torch into .venv-peers)
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
 
 bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
 	$(RUN) -m benchmarks.train_step

@@ -78,6 +78,12 @@ class Engine:
         """Numbers of the free slots."""
         return [slot for slot in range(self.num_slots) if slot not in self._slots]
 
+    def warm_up(self) -> None:
+        """Compiles the step and the prefill of one short prompt, so that the first client does not wait for it."""
+        ((slot, _),) = self.admit([([0], Sampling(max_tokens=1))])
+        self.step()
+        self.release(slot)
+
     def check(self, prompt: list[int], sampling: Sampling) -> None:
         """
         Raises:

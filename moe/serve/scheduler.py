@@ -16,6 +16,10 @@ class BusyError(RuntimeError):
     """More requests wait than the queue holds."""
 
 
+class StoppedError(RuntimeError):
+    """The engine failed, or was closed: nothing is computed any more."""
+
+
 class Event(NamedTuple):
     """
     text: that may be shown now.
@@ -58,16 +62,25 @@ class Scheduler:
         with self._change:
             return len(self._running), len(self._waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still answered."""
+        with self._change:
+            return not self._closed
+
     def submit(self, prompt: list[int], sampling: Sampling, deliver: Callable[[Event], None]) -> Request:
         """Queues a request.
 
         Raises:
             ContextError: it does not fit.
             BusyError: the queue is full.
+            StoppedError: nobody would answer.
         """
         self.engine.check(prompt, sampling)
         request = Request(prompt, sampling, deliver, TextStream(self.vocabulary, sampling.stop))
         with self._change:
+            if self._closed:
+                raise StoppedError("the engine stopped; see the server's log")
             if len(self._waiting) >= self.queue_limit:
                 raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)

@@ -31,13 +31,14 @@ from moe.serve.engine import ContextError, Engine
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.openai_api import Answers, ApiError, Asked, understand
 from moe.serve.sampling import SamplingError
-from moe.serve.scheduler import BusyError, Event, Request, Scheduler
+from moe.serve.scheduler import BusyError, Event, Request, Scheduler, StoppedError
 from moe.train.checkpoint import CheckpointError
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError, parse_mesh
 
 KEY_VARIABLE = "LEVERAGE_API_KEY"
-DISCONNECT_CHECK_S = 0.2
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the log of a request whose client did not wait for the answer; nobody receives it."""
 
 
 class Service:
@@ -65,6 +66,8 @@ class Service:
                     return JSONResponse(error.body(), error.status)
                 except BusyError as error:
                     return JSONResponse(ApiError(503, str(error)).body(), 503, headers={"Retry-After": "1"})
+                except StoppedError as error:
+                    return JSONResponse(ApiError(500, str(error)).body(), 500)
                 except (ChatError, SamplingError, ContextError, ConfigError) as error:
                     return JSONResponse(ApiError(400, str(error)).body(), 400)
 
@@ -86,7 +89,8 @@ class Service:
 
     async def _health(self, _: HttpRequest) -> Response:
         running, waiting = self.scheduler.busy
-        return JSONResponse({"slots": self.scheduler.engine.num_slots, "running": running, "waiting": waiting})
+        told = {"slots": self.scheduler.engine.num_slots, "running": running, "waiting": waiting}
+        return JSONResponse(told, 200 if self.scheduler.alive else 503)
 
     async def _models(self, _: HttpRequest) -> Response:
         model = {"id": self.model.name, "object": "model", "created": 0, "owned_by": "leverage"}
@@ -129,22 +133,29 @@ class Service:
     async def _whole(
         self, http: HttpRequest, answers: Answers, requests: list[Request], events: asyncio.Queue[tuple[int, Event]]
     ) -> Response:
-        texts, finish = ["" for _ in requests], ["" for _ in requests]
+        collected = asyncio.ensure_future(self._collect(len(requests), events))
+        gone = asyncio.ensure_future(_client_gone(http))
         try:
-            while not all(finish):
-                try:
-                    number, event = await asyncio.wait_for(events.get(), DISCONNECT_CHECK_S)
-                except TimeoutError:
-                    if await http.is_disconnected():
-                        return Response(status_code=499)
-                    continue
-                if event.finish == "error":
-                    raise ApiError(500, "the engine stopped; see the server's log")
-                texts[number] += event.text
-                finish[number] = event.finish or ""
+            await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not collected.done():
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            texts, finish = collected.result()
         finally:
+            collected.cancel()
+            gone.cancel()
             self._cancel(requests)
         return JSONResponse(answers.whole(texts, finish, sum(request.tokens for request in requests)))
+
+    async def _collect(self, count: int, events: asyncio.Queue[tuple[int, Event]]) -> tuple[list[str], list[str]]:
+        """The texts of `count` answers, and why each ended."""
+        texts, finish = [""] * count, [""] * count
+        while not all(finish):
+            number, event = await events.get()
+            if event.finish == "error":
+                raise ApiError(500, "the engine stopped; see the server's log")
+            texts[number] += event.text
+            finish[number] = event.finish or ""
+        return texts, finish
 
     async def _stream(
         self, asked: Asked, answers: Answers, requests: list[Request], events: asyncio.Queue[tuple[int, Event]]
@@ -168,6 +179,12 @@ class Service:
             self._cancel(requests)
 
 
+async def _client_gone(http: HttpRequest) -> None:
+    """Returns when the client has closed its connection. The request's body must have been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _deliver_to(
     loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], number: int
 ) -> Callable[[Event], None]:
@@ -188,9 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         mesh = parse_mesh(options.mesh) if options.mesh else None
+        print(f"loading {options.model} …", file=sys.stderr)
         model = HunyuanMoE.from_hf(options.model, mesh=mesh)
         max_length = min(options.max_length, model.max_length)
         engine = Engine(model.weights, slots=options.slots, max_length=max_length)
+        print("compiling …", file=sys.stderr)
+        engine.warm_up()
         scheduler = Scheduler(engine, model.vocabulary, queue_limit=options.queue)
     except (ConfigError, WeightsError, MeshError, LayoutError) as error:
         print(f"error: {error}", file=sys.stderr)

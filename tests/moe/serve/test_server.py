@@ -1,5 +1,6 @@
 """The server over real sockets, with OpenAI's own client."""
 
+import copy
 import json
 import socket
 import threading
@@ -7,12 +8,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
 
 from moe.serve.engine import Engine
+from moe.serve.language_model import HunyuanMoE
+from moe.serve.sampling import Sampling
 from moe.serve.scheduler import Scheduler
 from moe.serve.server import Service, main
 
@@ -53,6 +56,29 @@ def server(model):
 def client(server):
     with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, max_retries=0) as client:
         yield client
+
+
+@pytest.fixture
+def endless(model, monkeypatch):
+    """The model as one that never ends a text, and takes its time over it."""
+    vocabulary = copy.copy(model.vocabulary)
+    vocabulary.eos = frozenset()
+    step = Engine.step
+
+    def slow_step(engine):
+        time.sleep(0.02)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow_step)
+    return HunyuanMoE(model.weights, vocabulary, 256, "endless")
+
+
+def begin(answer):
+    """Waits for a streamed answer's second part, for which everything has been compiled; returns the lines to come."""
+    lines = answer.iter_lines()
+    for _ in range(2):
+        next(line for line in lines if line)
+    return lines
 
 
 def wait_until(condition, seconds=20):
@@ -122,35 +148,36 @@ def test_many_at_once_get_the_answers_that_they_get_alone(client, model):
     assert together == alone
 
 
-def test_a_client_that_goes_away_frees_its_slot(server):
-    address, scheduler = server
-    headers = {"Authorization": f"Bearer {KEY}"}
-    body = {"prompt": "In", "max_tokens": 250, "temperature": 1.0}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}, headers=headers) as answer:
-        next(answer.iter_lines())
-        assert scheduler.busy[0] == 1
-    wait_until(lambda: scheduler.busy == (0, 0))
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=httpx.Timeout(5, read=0.05))
-    wait_until(lambda: scheduler.busy == (0, 0))
+def test_a_client_that_goes_away_frees_its_slot(endless):
+    body = {"prompt": "In", "max_tokens": 250}
+    with serving(endless, key=None) as (address, scheduler):
+        with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as answer:
+            begin(answer)
+            assert scheduler.busy == (1, 0)
+        wait_until(lambda: scheduler.busy == (0, 0), 2)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.3))
+        wait_until(lambda: scheduler.busy == (0, 0), 2)
 
 
-def test_a_full_queue_says_so_and_a_stopped_server_ends_what_is_open(model):
-    with serving(model, slots=1, queue=1, key=None) as (address, scheduler):
-        body = {"prompt": "In", "max_tokens": 250, "temperature": 1.0, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body) as running:
-            next(running.iter_lines())
-            waiting = scheduler.submit([5], model_sampling(), lambda event: None)
-            answer = httpx.post(f"{address}/v1/completions", json=body | {"stream": False})
+def test_a_full_queue_says_so_and_a_stopped_server_ends_what_is_open(endless):
+    body = {"prompt": "In", "max_tokens": 250}
+    with serving(endless, slots=1, queue=1, key=None) as (address, scheduler):
+        with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as running:
+            lines = begin(running)
+            told = []
+            waiting = scheduler.submit([5], Sampling(max_tokens=3), told.append)
+            assert scheduler.busy == (1, 1)
+            answer = httpx.post(f"{address}/v1/completions", json=body)
             assert answer.status_code == 503
             assert "waiting already" in answer.json()["error"]["message"]
             scheduler.cancel(waiting)
-
-
-def model_sampling():
-    from moe.serve.sampling import Sampling
-
-    return Sampling(max_tokens=3)
+            wait_until(lambda: scheduler.busy == (1, 0), 2)
+            scheduler.close()
+            assert "the engine stopped" in list(lines)[-2]
+        assert told == []
+        assert "the engine stopped" in httpx.post(f"{address}/v1/completions", json=body).json()["error"]["message"]
+        assert httpx.get(f"{address}/health").status_code == 503
 
 
 @pytest.mark.parametrize(
