@@ -45,6 +45,8 @@ ONLY = {
     "routed_scaling_factor": (1, 1.0),
     "norm_type": ("hf_rms", "rms"),
     "add_classification_head": (False,),
+    "use_pack_kv": (False,),
+    "use_torch_rmsnorm": (False,),
     "use_sliding_window": (False,),
     "router_jitter_noise": (0, 0.0),
     "enable_lm_head_fp32": (True, False),

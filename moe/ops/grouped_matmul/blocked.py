@@ -1,6 +1,8 @@
 """The grouped product for CPU: a loop over groups, and in it one over blocks of the group's own rows.
 
-Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are.
+Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are. Fewer rows than groups,
+as when a few texts are continued by a token each, take their matrices one by one instead: a loop over groups would move
+all of them.
 """
 
 import jax
@@ -42,6 +44,8 @@ def _take(x_RD: jax.Array, row: jax.Array, end: jax.Array, block: int):
 
 def _rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int) -> jax.Array:
     """Each row times its group's matrix, or with contract_w=1 the matrix's transpose."""
+    if x_RD.shape[0] < w_EDF.shape[0]:
+        return _few_rows_product(x_RD, w_EDF, sizes_E, contract_w)
     block = min(BLOCK, x_RD.shape[0])
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
@@ -60,6 +64,14 @@ def _rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contrac
 
     y_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), x_RD.dtype)
     return jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF)
+
+
+def _few_rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int) -> jax.Array:
+    group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
+    owned_R1 = (group_R < w_EDF.shape[0])[:, None]
+    dims = (((1,), (1 + contract_w,)), ((0,), (0,)))
+    w_RDF = w_EDF[jnp.minimum(group_R, w_EDF.shape[0] - 1)]
+    return jnp.where(owned_R1, jax.lax.dot_general(x_RD, w_RDF, dims, preferred_element_type=x_RD.dtype), 0)
 
 
 def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -78,6 +78,15 @@ class TestContract:
         assert_trees_equal_to_scale(y_RF, oracle(exact[0], exact[1], sizes))
         assert_trees_equal_to_scale(gradients, oracle_gradients(exact[0], exact[1], sizes, exact[2]))
 
+    @pytest.mark.parametrize("sizes", [[0, 2, 0, 1, 0, 0, 1, 0], [0] * 8, [0] * 7 + [5]], ids=str)
+    def test_fewer_rows_than_groups(self, backend, sizes):
+        x_RD, w_EDF, dy_RF = arrays(5, 8)
+        exact = [np.asarray(a, np.float64) for a in (x_RD, w_EDF, dy_RF)]
+        y_RF, gradients = both(backend, x_RD.at[sum(sizes) :].set(jnp.nan), w_EDF, sizes, dy_RF)
+        assert_trees_equal_to_scale(y_RF, oracle(exact[0], exact[1], sizes))
+        exact[0][sum(sizes) :] = 0
+        assert_trees_equal_to_scale(gradients, oracle_gradients(exact[0], exact[1], sizes, exact[2]))
+
     def test_padding_may_hold_anything(self, backend):
         x_RD, w_EDF, dy_RF = arrays(200, 3)
         sizes = [50, 0, 60]
