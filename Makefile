@@ -47,6 +47,9 @@ test-peers: ## compare with Hugging Face's implementations (installs torch into 
 
 bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
 	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.serving
+	$(RUN) -m benchmarks.checkpoint_memory
+	$(RUN) -m benchmarks.parity
 
 clean: ## remove caches, and nothing that a run wrote
 	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache

@@ -38,7 +38,8 @@ VARIANTS = {
     "all_kv_heads": {"num_key_value_heads": 8},
     "everything": {
         "cla_share_factor": 2, "num_hidden_layers": 3, "moe_topk": 3, "tie_word_embeddings": False,
-        "use_qk_norm": False, "use_mixed_mlp_moe": False, "num_experts": 5, "rope_scaling": None, "intermediate_size": 40,
+        "use_qk_norm": False, "use_mixed_mlp_moe": False, "num_experts": 5, "rope_scaling": None,
+        "intermediate_size": 40,
     },
 }  # fmt: skip
 
