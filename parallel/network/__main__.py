@@ -3,11 +3,19 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
+from parallel.mesh import MeshConfig, MeshError, parse_mesh
+from parallel.network.bench import Processes, join, measure_links, summarize
+from parallel.network.bench_report import BenchProgress, parse_sizes, print_links, print_measurements
+from parallel.network.cluster import Cluster, ClusterError, Fabric
 from parallel.network.collect import collect
+from parallel.network.collectives import COLLECTIVES
 from parallel.network.diagnose import diagnose
+from parallel.network.environment import shell
+from parallel.network.links import LinksError, write_links
 from parallel.network.recording import Recording, RecordingError, read_recording, write_recording
 from parallel.network.report import as_json, print_diagnosis
 
@@ -29,16 +37,43 @@ exit codes: 0 it will be used for all GPUs · 1 not, or only for some · 2 a mis
 3 there is no GPU here · 4 it cannot be told
 """
 
+_ENV = """\
+Prints shell lines that set NCCL's variables and XLA's flags for a cluster, each with its reason.
+"""
+_ENV_EPILOG = """\
+examples:
+  eval "$(python -m parallel.network env --nodes 64)"
+  python -m parallel.network env --nodes 4 --fabric roce --nics 4 --rate 200 --interface bond0
+  python -m parallel.network env --nodes 2 --fabric ethernet --no-gpudirect --nics 1 --rate 25 --pcie
+
+exit codes: 0 printed · 2 a mistake in the arguments
+"""
+
+_BENCH = """\
+Times all-to-all, all-gather, reduce-scatter and all-reduce over the axes of a mesh, against the size of the message,
+and fits time = latency + bytes sent / bandwidth for links inside a node and across nodes. Bytes sent by each of P
+devices for a message of S bytes: S (P-1)/P, and twice that for all-reduce.
+"""
+_BENCH_EPILOG = """\
+examples:
+  python -m parallel.network bench --mesh data=2,expert=4                      # 8 GPUs, or virtual CPU devices
+  python -m parallel.network bench --mesh expert=8 --sizes 64K,1M,16M,256M --output links.json
+  for each process I of 2, on its own node:
+  python -m parallel.network bench --mesh data=2,expert=8 --coordinator node0:1234 --processes 2 --process I
+
+exit codes: 0 measured · 1 the run failed, or its times give no fit · 2 a mistake in the arguments
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except RecordingError as error:
+    except (RecordingError, ClusterError, MeshError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (LinksError, RuntimeError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
 
@@ -77,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
+    _add_env(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -91,6 +128,98 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--nccl-log", type=Path, metavar="FILE", help="what NCCL printed in a run of your own")
     command.add_argument("--json", action="store_true", help="the answer as JSON, for programs")
     command.set_defaults(run=_doctor)
+
+
+def _env(options: argparse.Namespace) -> int:
+    print(
+        shell(
+            Cluster(
+                nodes=options.nodes,
+                gpus_per_node=options.gpus,
+                nics_per_node=options.nics if options.nics is not None else options.gpus,
+                nic_rate=options.rate,
+                fabric=options.fabric,
+                gpudirect=not options.no_gpudirect,
+                gpu_link="pcie" if options.pcie else "nvlink",
+                nic_names=tuple(filter(None, options.cards.split(","))),
+                interface=options.interface,
+            )
+        ),
+        end="",
+    )
+    return 0
+
+
+def _add_env(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "env", help="NCCL's variables and XLA's flags for a cluster, each with its reason", description=_ENV,
+        epilog=_ENV_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("--nodes", type=int, required=True, metavar="N")
+    command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of a node (8)")
+    command.add_argument("--nics", type=int, metavar="N", help="network cards of a node for the GPUs (as many as GPUs)")
+    command.add_argument("--rate", type=float, default=400, metavar="GBITS", help="Gb/s of a card per direction (400)")
+    command.add_argument("--fabric", choices=get_args(Fabric), default="infiniband", help="(infiniband)")
+    command.add_argument("--no-gpudirect", action="store_true", help="stage through the host; needed for ethernet")
+    command.add_argument("--pcie", action="store_true", help="GPUs of a node are joined by PCIe, not NVLink")
+    command.add_argument("--cards", default="", metavar="NAME,…", help="the GPUs' cards, such as mlx5_0,mlx5_1")
+    command.add_argument("--interface", default="", metavar="NAME", help="over which processes find each other: eth0")
+    command.set_defaults(run=_env)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        config, sizes = parse_mesh(options.mesh), parse_sizes(options.sizes)
+    except ValueError as error:
+        raise MeshError(str(error)) from error
+    axes = _axes(config, options.axis)
+    if options.coordinator is not None:
+        join(Processes(options.coordinator, options.processes, options.process), config)
+    silent = options.process > 0
+    with BenchProgress(len(axes) * len(COLLECTIVES) * len(sizes), silent) as progress:
+        measured = measure_links(config, axes, sizes, options.repeats, progress)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140, quiet=silent)
+    print_measurements(measured, console)
+    links = summarize(config, measured)
+    print_links(links, console)
+    if options.output is not None and not silent:
+        write_links(links, options.output)
+        print(f"wrote {options.output}")
+    return 0
+
+
+def _axes(config: MeshConfig, wanted: list[str] | None) -> list[str]:
+    several = [axis for axis, size in config.sizes.items() if size > 1]
+    for axis in wanted or ():
+        if axis not in several:
+            raise MeshError(f"--axis {axis}: give an axis of more than one device ({', '.join(several) or 'none has'})")
+    if not several:
+        raise MeshError("--mesh: no axis has more than one device; give, for example, data=2,expert=4")
+    return wanted or several
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "bench", help="times of collectives, and latency and bandwidth fitted to them", description=_BENCH,
+        epilog=_BENCH_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("--mesh", required=True, metavar="AXIS=N,…", help="devices along each axis: data=2,expert=4")
+    command.add_argument("--axis", action="append", metavar="AXIS", help="only this one; may be given several times")
+    command.add_argument("--sizes", default="16K,64K,256K,1M,4M,16M", metavar="SIZE,…", help="(%(default)s)")
+    command.add_argument(
+        "--repeats", type=_positive, default=7, metavar="N", help="times of which the median counts (7)"
+    )
+    command.add_argument("--output", type=Path, metavar="FILE", help="where to write the links, as JSON for planning")
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    command.add_argument("--processes", type=_positive, default=1, metavar="N", help="how many there are")
+    command.add_argument("--process", type=int, default=0, metavar="I", help="which one this is, from 0")
+    command.set_defaults(run=_bench)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import pytest
 
+from parallel.network import all_reduce
 from parallel.network.collect import collect
 from parallel.network.recording import FILES, RecordingError, read_recording, write_recording
 from tests.parallel.network.recorded import recorded
@@ -52,3 +53,20 @@ def test_this_machine(tmp_path, monkeypatch):
     assert "NCCL_IB_HCA==mlx5_0\n" in recording.texts["variables.txt"]
     assert "Max locked memory" in recording.texts["limits.txt"]
     assert recording.texts["nccl.log"] == log.read_text()
+
+
+def test_an_all_reduce_without_gpus(tmp_path, monkeypatch):
+    """Two GPUs by a false nvidia-smi, none for JAX: the reason is kept, and no log is made up."""
+    false = tmp_path / "nvidia-smi"
+    false.write_text("#!/bin/sh\nprintf '0, NVIDIA H20, 00000000:0F:00.0\\n1, NVIDIA H20, 00000000:34:00.0\\n'\n")
+    false.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    recording = collect()
+    assert recording.texts["nvidia-smi-gpus.txt"].count("H20") == 2
+    assert "jax sees no GPU" in recording.missing["nccl.log"]
+
+
+def test_the_all_reduce_itself(monkeypatch):
+    monkeypatch.setattr(all_reduce.jax, "default_backend", lambda: "gpu")
+    assert all_reduce.main() == 0
