@@ -68,11 +68,14 @@ def join(processes: Processes, config: MeshConfig) -> None:
 
 def measure_links(
     config: MeshConfig, axes: Sequence[str], sizes: Sequence[int], repeats: int, report: Report
-) -> list[Measurement]:
+) -> tuple[list[Measurement], int]:
     """Times every collective over every axis with messages of each size in bytes.
 
     Args:
         report: called with each measurement as it is made.
+
+    Returns:
+        The measurements, and how many hosts took part. Every process gets both; the times are its own.
 
     Raises:
         MeshError: too few devices.
@@ -86,26 +89,24 @@ def measure_links(
             for size in sizes:
                 measured.append(measure(mesh, axis, link, collective, size, repeats))
                 report(measured[-1])
-    return measured
+    return measured, len(set(hosts.values()))
 
 
-def summarize(config: MeshConfig, measured: Sequence[Measurement]) -> Links:
-    """The fits, with what they were measured on.
-
-    Raises:
-        LinksError: times that give no fit.
-    """
+def summarize(config: MeshConfig, measured: Sequence[Measurement], hosts: int) -> tuple[Links, tuple[str, ...]]:
+    """The fits, with what they were measured on; and sentences on those that failed."""
     device = jax.devices()[0]
-    return Links(
+    links, failures = fit_links(measured)
+    summary = Links(
         platform=device.platform,
         device=device.device_kind,
         jax=jax.__version__,
         mesh=config.sizes,
         processes=jax.process_count(),
-        hosts=len(set(hosts_of_processes().values())),
-        links=fit_links(measured),
+        hosts=hosts,
+        links=links,
         measurements=tuple(measured),
     )
+    return summary, failures
 
 
 def measure(

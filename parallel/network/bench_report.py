@@ -99,7 +99,7 @@ def print_links(links: Links, console: Console) -> None:
             f"{each.worst_error:.0%}",
         )
     console.print(table)
-    if max(each.worst_error for each in links.links) > _GOOD_FIT:
+    if any(each.worst_error > _GOOD_FIT for each in links.links):
         console.print(
             f"where the fit is off by more than {_GOOD_FIT:.0%}, time is no line in the bytes: caches (on CPU), other "
             "work on the machine, or a change of algorithm; narrow --sizes to what is to be planned"

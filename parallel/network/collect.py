@@ -30,14 +30,11 @@ Got = tuple[str, None] | tuple[None, str]
 """A text, or the reason why there is none."""
 
 
-def collect(nccl_log: Path | None = None) -> Recording:
+def collect(nccl_log: str | None = None) -> Recording:
     """Reads the machine; where it has two GPUs or more, runs a small all-reduce for NCCL's log (up to minutes).
 
     Args:
         nccl_log: a log of NCCL to take instead, from a run of the user's own.
-
-    Raises:
-        OSError: `nccl_log` cannot be read.
     """
     gpus = _command("nvidia-smi", "--query-gpu=index,name,pci.bus_id", "--format=csv,noheader")
     got = {
@@ -58,7 +55,7 @@ def collect(nccl_log: Path | None = None) -> Recording:
         "status.txt": _file("/proc/self/status"),
         "interfaces.txt": _got(_listing(glob.glob("/sys/class/net/*/operstate"))),
         "variables.txt": _got(_variables()),
-        "nccl.log": _got(nccl_log.read_text("utf-8", "replace")) if nccl_log else _all_reduce(gpus[0] or ""),
+        "nccl.log": _got(nccl_log) if nccl_log is not None else _all_reduce(gpus[0] or ""),
     }
     return Recording(
         texts={name: text for name, (text, _) in got.items() if text is not None},

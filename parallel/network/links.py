@@ -85,16 +85,18 @@ class Links:
         return fit.latency + COLLECTIVES[collective].bytes_sent(message_bytes, devices) / fit.bandwidth
 
 
-def fit_links(measurements: Sequence[Measurement]) -> tuple[Link, ...]:
-    """One link for each collective, class and number of devices.
-
-    Raises:
-        LinksError: fewer than two sizes, or times that do not grow with the size.
-    """
+def fit_links(measurements: Sequence[Measurement]) -> tuple[tuple[Link, ...], tuple[str, ...]]:
+    """One link for each collective, class and number of devices; and why there is none, for those that give no line."""
     groups: dict[tuple[str, LinkClass, int], list[Measurement]] = {}
     for each in measurements:
         groups.setdefault((each.collective, each.link, each.devices), []).append(each)
-    return tuple(_fit(*key, group) for key, group in groups.items())
+    links, failures = [], []
+    for (collective, link, devices), group in groups.items():
+        try:
+            links.append(_fit(collective, link, devices, group))
+        except LinksError as error:
+            failures.append(f"{collective} over {devices} devices, {link.replace('_', ' ')}: {error}")
+    return tuple(links), tuple(failures)
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -149,10 +151,7 @@ def read_links(path: Path) -> Links:
 
 
 def _fit(collective: str, link: LinkClass, devices: int, group: Sequence[Measurement]) -> Link:
-    try:
-        latency, bandwidth = fit_line([each.sent_bytes for each in group], [each.seconds for each in group])
-    except LinksError as error:
-        raise LinksError(f"{collective} over {devices} devices, {link}: {error}") from error
+    latency, bandwidth = fit_line([each.sent_bytes for each in group], [each.seconds for each in group])
     errors = (abs(latency + each.sent_bytes / bandwidth - each.seconds) / each.seconds for each in group)
     return Link(collective, link, devices, latency, bandwidth, max(errors))
 

@@ -142,6 +142,9 @@ def _judge_distance(facts: Facts, distance: str, blockers: list[str], unknowns: 
     if "NCCL_TOPO_FILE" in facts.settings.variables:
         unknowns.append(f"NCCL_TOPO_FILE may place it nearer than the {distance} that nvidia-smi sees")
         return
+    if any(word in gpu.name for gpu in facts.gpus or () for word in ("GH200", "GB200", "GB300")):
+        unknowns.append(f"with a Grace CPU, NCCL 2.27 and later may use it at {distance} too, and only its log tells")
+        return
     level = facts.settings.level or DEFAULT_LEVEL
     blockers.append(f"{distance} is farther than NCCL's limit {level}")
 

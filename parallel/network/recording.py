@@ -24,6 +24,7 @@ hand. What is in neither form is unknown to the doctor, and never counts as good
 | nccl.log             | what NCCL printed with NCCL_DEBUG=INFO during an all-reduce |
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,18 +57,18 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """Texts by file name; for those that could not be had, why not.
-
-    origin: where it is from, in words.
-    """
+    """Texts by file name; for those that could not be had, why not."""
 
     texts: Mapping[str, str]
     missing: Mapping[str, str] = field(default_factory=dict)
-    origin: str = "this machine"
 
     def why_missing(self, name: str) -> str:
         """Why `name` is not among the texts."""
         return self.missing.get(name, f"{name} is not in the recording")
+
+    def with_log(self, text: str) -> "Recording":
+        """The same with another log of NCCL."""
+        return dataclasses.replace(self, texts={**self.texts, "nccl.log": text})
 
 
 def read_recording(folder: Path) -> Recording:
@@ -92,7 +93,7 @@ def read_recording(folder: Path) -> Recording:
         for name in FILES
         if name not in texts and (folder / (name + _MISSING)).is_file()
     }
-    return Recording(texts, missing, str(folder))
+    return Recording(texts, missing)
 
 
 def write_recording(recording: Recording, folder: Path) -> None:
@@ -101,13 +102,22 @@ def write_recording(recording: Recording, folder: Path) -> None:
     Raises:
         RecordingError: the folder exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecordingError(f"{folder}: exists and is not empty; give a new folder")
+    check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in recording.texts.items():
         (folder / name).write_text(text, "utf-8")
     for name, reason in recording.missing.items():
         (folder / (name + _MISSING)).write_text(reason + "\n", "utf-8")
+
+
+def check_new_folder(folder: Path) -> None:
+    """That a recording may be written to `folder`.
+
+    Raises:
+        RecordingError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecordingError(f"{folder}: exists and is not empty; give a new folder")
 
 
 def _read(file: Path) -> str:

@@ -80,6 +80,7 @@ def test_command(tmp_path, capsys):
         (["--mesh", "data=64"], "needs 64 devices"),
         (["--mesh", "data=2", "--coordinator", "node0"], "give HOST:PORT"),
         (["--mesh", "data=2", "--coordinator", "node0:1", "--processes", "2", "--process", "2"], "give 0 to 1"),
+        (["--mesh", "data=2", "--processes", "2", "--process", "1"], "need --coordinator"),
         (["--mesh", "data=3", "--coordinator", "node0:1", "--processes", "2"], "3 devices do not divide"),
     ],
 )
@@ -100,7 +101,7 @@ def test_two_processes_over_gloo(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "parallel.network", "bench", "--mesh", "data=2,expert=2", "--sizes", "4K,1M",
+        sys.executable, "-m", "parallel.network", "bench", "--mesh", "data=2,expert=2", "--sizes", "4K,16M",
         "--repeats", "2", "--output", str(tmp_path / "links.json"),
         "--coordinator", f"localhost:{port}", "--processes", "2", "--process",
     ]  # fmt: skip

@@ -45,6 +45,11 @@ def test_doctor_with_a_log_of_ones_own(capsys):
 def test_doctor_with_mistakes(tmp_path, capsys):
     assert main(["doctor", "--from", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    assert main(["doctor", "--nccl-log", str(tmp_path / "job.log")]) == 2
+    assert "job.log: no such file" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["doctor", "--record", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_doctor_here(tmp_path, capsys):

@@ -176,6 +176,12 @@ def test_geforce_cards_do_not_offer_it():
     assert finding(diagnosis, "GPUs")
 
 
+def test_grace_is_left_to_the_log():
+    diagnosis = diagnose(replaced("nic_on_other_socket", "nvidia_smi_gpus", "NVIDIA L20", "NVIDIA GH200 480GB"))
+    assert verdicts(diagnosis) == ["unknown"] * 4 + ["yes"] * 4
+    assert diagnosis.verdict == "unknown"
+
+
 def test_no_network_card():
     topology = "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\nGPU0\t X \tNV18\t0-9\t0\nGPU1\tNV18\t X \t0-9\t0\n"
     none = changed("hgx_h20_healthy", nvidia_smi_topo=topology, infiniband="# none\n", nccl_log=None)

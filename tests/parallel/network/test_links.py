@@ -23,7 +23,7 @@ def measured(collective="all_to_all", link="inside_node", devices=4, latency=2e-
 def links() -> Links:
     everything = measured() + measured("all_reduce", "across_nodes", 16, 3e-5, 4e10) + measured(devices=8, latency=4e-5)
     return Links(
-        "gpu", "NVIDIA H20", "0.10.2", {"data": 2, "expert": 8}, 2, 2, fit_links(everything), tuple(everything)
+        "gpu", "NVIDIA H20", "0.10.2", {"data": 2, "expert": 8}, 2, 2, fit_links(everything)[0], tuple(everything)
     )
 
 
@@ -80,10 +80,18 @@ def test_the_worst_error_is_told():
     off = measured()
     first = off[0]
     off[0] = Measurement(**(first.__dict__ | {"seconds": first.seconds * 2}))
-    (fit,) = fit_links(off)
+    ((fit,), failures) = fit_links(off)
+    assert failures == ()
     errors = [abs(fit.latency + each.sent_bytes / fit.bandwidth - each.seconds) / each.seconds for each in off]
     assert fit.worst_error == pytest.approx(max(errors))
     assert fit.worst_error > 0.1
+
+
+def test_a_collective_without_a_fit_does_not_spoil_the_others():
+    flat = [Measurement(**(each.__dict__ | {"seconds": 1 / each.sent_bytes})) for each in measured("all_reduce")]
+    found, failures = fit_links(flat + measured())
+    assert [link.collective for link in found] == ["all_to_all"]
+    assert failures[0].startswith("all_reduce over 4 devices, inside node: times do not grow")
 
 
 def test_modelled_seconds():
