@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from parallel.network.facts import Facts
 from parallel.network.findings import Finding, Rail
+from parallel.network.nccl_log import NcclLog
 from parallel.network.rails import fabric_ports
 from parallel.network.registration import peer_module, why_no_dma_buf
 from parallel.network.topology import DISTANCE_IN_WORDS
@@ -98,7 +99,8 @@ def check_distances(facts: Facts, rails: Sequence[Rail]) -> list[Finding]:
         Finding(
             "warning" if facts.settings.near_enough(distance) else "problem", "distance",
             f"the nearest card of {_list([f'GPU{rail.gpu}' for rail in those])} is {distance} away: between them is "
-            + DISTANCE_IN_WORDS[distance],
+            + DISTANCE_IN_WORDS[distance]
+            + _numa(facts, those),
             _TOPOLOGY, _nearer(facts),
         )
         for distance, those in by_distance.items()
@@ -115,6 +117,12 @@ def check_registration(facts: Facts) -> list[Finding]:
     if obstacle is None:
         if facts.driver is None or facts.kernel is None:
             return []
+        if facts.log is not None and False in facts.log.supported.values():
+            text = (
+                f"nvidia_peermem is not loaded, and NCCL finds no DMA-BUF, which the driver {facts.driver.version} has"
+            )
+            remedy = "`modprobe nvidia_peermem`, or a newer driver of the network card: it lacks DMA-BUF"
+            return [Finding("problem", "GPU memory", text, f"/proc/modules, {_LOG}", remedy)]
         text = f"nvidia_peermem is not loaded, and not needed: the open driver {facts.driver.version} offers DMA-BUF"
         return [Finding("ok", "GPU memory", text, "/proc/modules, /proc/driver/nvidia/version")]
     proven = facts.log is not None and any(facts.log.supported.values())
@@ -147,17 +155,37 @@ def check_log(facts: Facts, rails: Sequence[Rail]) -> list[Finding]:
             found.append(Finding("warning", "NCCL", text, _LOG, f"see what keeps NCCL from {rail.nic}"))
     for message in log.warnings[:3]:
         found.append(Finding("warning", "NCCL", f"NCCL warns: {message}", _LOG, "see NCCL's troubleshooting guide"))
-    direct = sum(connection.direct for connection in log.connections)
-    if direct and direct == len(log.connections):
-        found.append(Finding("ok", "NCCL", f"{direct} connections over the network, all direct (GDRDMA)", _LOG))
-    elif log.connections:
-        text = f"{len(log.connections)} connections over the network, {direct} of them direct (GDRDMA)"
-        found.append(Finding("problem", "NCCL", text, _LOG, "see the other findings"))
-    else:
+    return [*found, _connections(log)]
+
+
+def _connections(log: NcclLog) -> Finding:
+    """How NCCL's connections over the network travel."""
+    total, direct, relayed = (
+        len(log.connections),
+        sum(connection.direct for connection in log.connections),
+        sum(connection.relay for connection in log.connections),
+    )
+    read_in = f"{_LOG}, version {log.version}" if log.version else _LOG
+    if not total:
         text = "the log shows no connection over the network, so it proves nothing"
         remedy = "give the log of an all-reduce over two nodes: --nccl-log FILE"
-        found.append(Finding("unknown", "NCCL", text, _LOG, remedy))
-    return found
+        return Finding("unknown", "NCCL", text, read_in, remedy)
+    aside = f", {relayed} through a neighbour GPU's card (PXN)" if relayed else ""
+    if direct == total:
+        return Finding("ok", "NCCL", f"{total} connections over the network, all direct (GDRDMA){aside}", read_in)
+    text = f"{total} connections over the network, {direct} of them direct (GDRDMA){aside}"
+    return Finding("problem", "NCCL", text, read_in, "see the other findings")
+
+
+def _numa(facts: Facts, rails: Sequence[Rail]) -> str:
+    """On which NUMA nodes GPUs and cards are, where all of them say the same."""
+    assert facts.topology is not None
+    ports = facts.ports or {}
+    places = {(facts.topology.numa.get(rail.gpu), ports[rail.nic].numa) for rail in rails if rail.nic in ports}
+    if len(places) != 1 or None in next(iter(places)):
+        return ""
+    gpu, nic = next(iter(places))
+    return f" (NUMA node {gpu} to {nic})"
 
 
 def _nearer(facts: Facts) -> str:

@@ -99,7 +99,9 @@ def _rdma(cluster: Cluster) -> list[Setting]:
     if cluster.gpudirect:
         chosen += [
             Setting("NCCL_NET_GDR_LEVEL", "PXB", "GPUDirect RDMA where only PCIe switches lie between GPU and card"),
-            Setting("NCCL_NET_GDR_READ", "1", "also for what a GPU sends (on PCIe platforms NCCL would stage that)"),
+            Setting(
+                "NCCL_NET_GDR_READ", "1", "also for what a GPU sends (on some PCIe platforms NCCL would stage that)"
+            ),
             Setting("NCCL_DMABUF_ENABLE", "1", "DMA-BUF where nvidia_peermem is not loaded (the default, stated)"),
         ]
     else:

@@ -48,7 +48,6 @@ class NcclLog:
     network: str | None
     devices: dict[int, str]
     supported: dict[str, bool]
-    dma_buf_gpus: frozenset[int]
     connections: tuple[Connection, ...]
     warnings: tuple[str, ...]
 
@@ -85,7 +84,6 @@ def parse_nccl_log(text: str, gpus: Sequence[Gpu] = (), host: str | None = None)
         supported={
             name: word == "Enabled" for word, name in _all(r"GPU Direct RDMA (\w+) for HCA \d+ '([^']+)'", infos)
         },
-        dma_buf_gpus=frozenset(int(gpu) for (gpu,) in _all(r"DMA-BUF is available on GPU device (\d+)", infos)),
         connections=tuple(_connections(infos, gpus)),
         warnings=tuple(dict.fromkeys(message for _, kind, message in lines if kind == "WARN")),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from parallel.network.facts import Facts
-from parallel.network.findings import Finding, Rail
+from parallel.network.findings import Finding, Rail, Severity
 from parallel.network.nccl_variables import LEVELS, Settings, matches
 from parallel.network.rails import fabric_ports
 from parallel.network.registration import LEAST_LOCKED_MEMORY, too_little_locked_memory
@@ -176,5 +176,5 @@ def _iommu(facts: Facts) -> Finding:
     )  # fmt: skip
 
 
-def _variable(severity: str, text: str, remedy: str) -> Finding:
-    return Finding(severity, "variables", text, _VARIABLES, remedy)  # type: ignore[arg-type]
+def _variable(severity: Severity, text: str, remedy: str) -> Finding:
+    return Finding(severity, "variables", text, _VARIABLES, remedy)

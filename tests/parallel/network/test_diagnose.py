@@ -46,6 +46,7 @@ def test_card_on_the_other_socket():
     assert (diagnosis.verdict, verdicts(diagnosis)) == ("partly", ["no"] * 4 + ["yes"] * 4)
     assert not any(rail.proven for rail in diagnosis.rails)
     assert "GPU0, GPU1, GPU2, GPU3 is SYS away" in finding(diagnosis, "distance").text
+    assert finding(diagnosis, "distance").text.endswith("(NUMA node 0 to 1)")
     assert finding(diagnosis, "ACS", "warning").text.startswith("ACS redirects peer-to-peer traffic at 12 PCI bridges")
     assert "intel_iommu=on" in finding(diagnosis, "IOMMU", "warning").text
 
@@ -108,6 +109,14 @@ def test_without_a_log_the_settings_tell():
     assert "no log proves it" in diagnosis.sentence
 
 
+def test_relayed_connections_are_told():
+    log = recorded("hgx_h20_healthy").texts["nccl.log"]
+    relayed = log.replace("0[0] -> 8[0] [send] via NET/IB/0/", "0[0] -> 8[0] [send] via NET/IB/1(1)/")
+    found = finding(diagnose(changed("hgx_h20_healthy", nccl_log=relayed)), "NCCL", "ok")
+    assert "all direct (GDRDMA), 2 through a neighbour GPU's card (PXN)" in found.text
+    assert "2.21.5" in found.evidence
+
+
 def test_the_log_outweighs_the_settings():
     log = recorded("peermem_missing").texts["nccl.log"]
     diagnosis = diagnose(changed("hgx_h20_healthy", nccl_log=log.replace("gpu-a07", "gpu-a01")))
@@ -160,6 +169,13 @@ def test_dma_buf_needs_driver_kernel_and_permission():
     assert first(variables="NCCL_DMABUF_ENABLE=0\n")[0] == "no"
     assert first(driver=None)[0] == "unknown"
     assert first(kernel=None)[0] == "unknown"
+
+
+def test_dma_buf_that_the_card_lacks():
+    log = recorded("roce_dma_buf").texts["nccl.log"].replace("GPU Direct RDMA Enabled", "GPU Direct RDMA Disabled")
+    diagnosis = diagnose(changed("roce_dma_buf", nccl_log=log.replace("/GDRDMA", "")))
+    assert verdicts(diagnosis) == ["no"] * 8
+    assert "a newer driver of the network card" in finding(diagnosis, "GPU memory").remedy
 
 
 def test_too_little_locked_memory():
