@@ -22,8 +22,8 @@ import jax
 class Collective:
     """A collective as a step that can be repeated: from S bytes on each device to S bytes that depend on all of them.
 
-    step: on one device's part inside `jax.shard_map`, (x, axis) → x, x of P·n elements in one dimension. What it does
-        besides the collective copies no more than a P-th of x.
+    step: on one device's part inside `jax.shard_map`, (x, axis) → x, x of P·n elements in one dimension. It asks for
+        no copy of more than a P-th of x besides the collective.
     factor: bytes sent by a device, in units of S · (P-1)/P.
     """
 
