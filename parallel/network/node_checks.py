@@ -124,7 +124,9 @@ def _check_off(settings: Settings) -> list[Finding]:
     found = []
     if settings.rdma_off:
         text = f"{settings.rdma_off} turns RDMA off: NCCL uses TCP sockets"
-        found.append(_variable("problem", text, f"unset {settings.rdma_off.split('=')[0]}"))
+        found.append(
+            _variable("problem", text, f"unset {settings.rdma_off.split('=')[0]}, or take it out of nccl.conf")
+        )
     if settings.plugin:
         text = f"{settings.plugin}: a plugin carries the traffic, by rules of its own"
         found.append(_variable("unknown", text, "look for its name in NCCL's log: --nccl-log FILE"))

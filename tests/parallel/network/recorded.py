@@ -1,4 +1,8 @@
-"""The recordings of the tests, and changed copies of them."""
+"""The recordings of the tests, and changed copies of them.
+
+They were composed after the formats of real outputs (public issues, NCCL's sources), not captured on hardware: none was
+at hand. A recording of a real node that the doctor judges wrongly belongs beside them.
+"""
 
 import dataclasses
 from pathlib import Path

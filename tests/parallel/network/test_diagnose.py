@@ -55,7 +55,7 @@ def test_rdma_disabled_by_a_configuration_file():
     diagnosis = diagnose(recorded("rdma_disabled"))
     assert verdicts(diagnosis) == ["no"] * 8
     assert "NCCL_IB_DISABLE=1 turns RDMA off" in diagnosis.sentence
-    assert finding(diagnosis, "variables").remedy == "unset NCCL_IB_DISABLE"
+    assert finding(diagnosis, "variables").remedy == "unset NCCL_IB_DISABLE, or take it out of nccl.conf"
 
 
 def test_one_rail_down():
