@@ -60,9 +60,7 @@ class RunFolder:
         path = Path(path)
         if process_index:
             return cls(path, None)
-        foreign = path.is_dir() and any(file.name != LOGS for file in path.iterdir())
-        if foreign and not (path / "lock").exists():
-            raise RunFolderError(f"{path}: holds files of something else than a run; give an empty --run-dir")
+        refuse_foreign(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
@@ -102,6 +100,16 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+
+def refuse_foreign(path: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the folder holds something, and it is no run.
+    """
+    foreign = path.is_dir() and any(file.name != LOGS for file in path.iterdir())
+    if foreign and not (path / "lock").exists():
+        raise RunFolderError(f"{path}: holds files of something else than a run; give an empty --run-dir")
 
 
 def write_atomically(path: Path, text: str) -> None:
