@@ -5,7 +5,8 @@ A process learns of the others from, in this order:
     flags           --coordinator, --processes and --process of a command
     variables       LEVERAGE_COORDINATOR, LEVERAGE_PROCESSES and LEVERAGE_PROCESS, which experiments.launch sets; in an
                     indexed Kubernetes Job the last one is JOB_COMPLETION_INDEX
-    Slurm           SLURM_STEP_NUM_TASKS, SLURM_PROCID and SLURM_STEP_NODELIST, which srun sets
+    Slurm           SLURM_STEP_NUM_TASKS, SLURM_PROCID and SLURM_STEP_NODELIST, which srun sets; process 0 runs on the
+                    first machine of the list, and LEVERAGE_COORDINATOR says so where its name does not lead there
 
 and is alone where there is none of these. What they do together later on stands in parallel/together.py.
 """
@@ -116,16 +117,18 @@ def _from_variables(environ: Mapping[str, str], devices: int | None) -> Processe
 
 
 def _from_slurm(environ: Mapping[str, str], devices: int | None) -> Processes:
+    count, index = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID")
+    if environ.get(COORDINATOR):
+        return Processes(environ[COORDINATOR], count, index, devices)
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise DistributedError(
-            f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} without SLURM_STEP_NODELIST: start the processes "
-            f"with srun, or set {COORDINATOR}, {COUNT} and {INDEX}"
+            f"SLURM_STEP_NUM_TASKS={count} without SLURM_STEP_NODELIST: start the processes with srun, or set "
+            f"{COORDINATOR} to the machine of process 0 and a free port there"
         )
     # Jobs and steps that share a machine differ in one of the two numbers, and so in the port.
     number = _number(environ, "SLURM_JOB_ID") + 101 * int(environ.get("SLURM_STEP_ID", "0"))
     port = _SLURM_PORTS[number % len(_SLURM_PORTS)]
-    count, index = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID")
     return Processes(f"{node_names(nodes)[0]}:{port}", count, index, devices)
 
 
