@@ -176,7 +176,8 @@ def initialize(processes: Processes, mesh_devices: int) -> None:
         mesh_devices: that the run's mesh needs, over all processes.
 
     Raises:
-        DistributedError: the processes do not find each other within `ARRIVAL_SECONDS`.
+        DistributedError: this process cannot join the others. One that waits for them in vain for `ARRIVAL_SECONDS`
+            is aborted by the runtime, which experiments.launch puts into words.
     """
     if processes.count == 1:
         return
@@ -197,9 +198,7 @@ def initialize(processes: Processes, mesh_devices: int) -> None:
     except RuntimeError as error:
         told = str(error).strip().splitlines()[0]
         raise DistributedError(
-            f"process {processes.index} of {processes.count} did not meet the others at {processes.coordinator} within "
-            f"{ARRIVAL_SECONDS} s ({told}): see that all are started, that process 0 runs on that machine, and that "
-            "the port is free and open"
+            f"process {processes.index} of {processes.count} cannot join the others at {processes.coordinator} ({told})"
         ) from error
 
 

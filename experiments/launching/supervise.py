@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
 
-from parallel.distributed import LOST, STOPPED
+from parallel.distributed import ARRIVAL_SECONDS, LOST, STOPPED
 
 GRACE_SECONDS = 5.0
 """From the death of one process, noticed within `_POLL_SECONDS`, to the end of all."""
@@ -21,6 +21,10 @@ _POLL_SECONDS = 0.1
 _NOISE = ("[Gloo]", "connected peer ranks")
 """Of lines that the runtime writes, worth keeping and not worth showing."""
 _TOLD_LINES = 12
+_NEVER_MET = (
+    f"did not meet the others within {ARRIVAL_SECONDS} s: see that all were started, that process 0 runs where "
+    "they look for it, that its machine's name leads there, and that the port is free and open"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def _watch(processes: "list[_Process]", selector: selectors.BaseSelector) -> End
     seconds = time.monotonic() - noticed if noticed else 0.0
     told = "" if code < 0 else "\n".join(culprit.told).strip()
     passed_on = code if code > 0 else LOST if code == -signal.SIGABRT else 1
-    return Ended(passed_on, culprit.member.index, _how(code), told, seconds)
+    how = _NEVER_MET if culprit.never_met else _how(code)
+    return Ended(passed_on, culprit.member.index, how, told, seconds)
 
 
 def _read(selector: selectors.BaseSelector, seconds: float) -> bool:
@@ -131,6 +136,7 @@ class _Process:
     ) -> None:
         self.member = member
         self.told: deque[str] = deque(maxlen=_TOLD_LINES)
+        self.never_met = False
         self._show = show
         self._log = open(logs / f"process-{member.index}.log", "a", encoding="utf-8")  # noqa: SIM115 - see close
         self.popen = subprocess.Popen(
@@ -162,6 +168,8 @@ class _Process:
     def _complain(self, line: str) -> None:
         self._write(line)
         self.told.append(line)
+        # The call in which the runtime aborts a process that waits for the others in vain.
+        self.never_met = self.never_met or "RegisterTask" in line
 
     def _write(self, line: str) -> None:
         self._log.write(line + "\n")

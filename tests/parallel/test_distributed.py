@@ -44,9 +44,9 @@ def test_flags_go_before_the_environment():
 @pytest.mark.parametrize(
     ("environ", "sentence"),
     [
-        ({"LEVERAGE_PROCESSES": "4"}, "LEVERAGE_PROCESSES=4 without LEVERAGE_PROCESS: set it to this process's number, 0"),
+        ({"LEVERAGE_PROCESSES": "4"}, "LEVERAGE_PROCESSES=4 without LEVERAGE_PROCESS: set it to this"),
         ({"LEVERAGE_PROCESSES": "four"}, "LEVERAGE_PROCESSES='four': give a whole number"),
-        (LAUNCHED | {"LEVERAGE_COORDINATOR": ""}, "LEVERAGE_PROCESSES=4 without LEVERAGE_COORDINATOR: set it to the mach"),
+        (LAUNCHED | {"LEVERAGE_COORDINATOR": ""}, "LEVERAGE_PROCESSES=4 without LEVERAGE_COORDINATOR: set it"),
         (LAUNCHED | {"LEVERAGE_COORDINATOR": "a"}, "coordinator 'a': give the machine of process 0 and a free port"),
         (LAUNCHED | {"LEVERAGE_PROCESS": "4"}, "process 4 of 4 processes: counted from 0, so give 0 to 3"),
         (LAUNCHED | {"LEVERAGE_PROCESS": "-1"}, "LEVERAGE_PROCESS='-1': give a whole number"),
@@ -64,7 +64,9 @@ def test_what_is_missing_or_wrong_is_named(environ, sentence):
 
 
 def test_flags_come_together():
-    with pytest.raises(DistributedError, match="without --coordinator and --process: give all of --coordinator, --proc"):
+    with pytest.raises(
+        DistributedError, match="without --coordinator and --process: give all of --coordinator, --proc"
+    ):
         detect({}, count=4)
 
 

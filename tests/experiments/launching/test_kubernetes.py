@@ -43,7 +43,9 @@ def written(**changes):
     return service, job
 
 
-@pytest.mark.parametrize("changes", [{}, {"gpus_per_node": 0, "cpu_devices": 4}, {"environment": {"NCCL_DEBUG": "INFO"}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gpus_per_node": 0, "cpu_devices": 4}, {"environment": {"NCCL_DEBUG": "INFO"}}]
+)
 def test_the_objects_fit_the_published_schema(changes):
     service, job = written(**changes)
     assert faults(SCHEMA[SERVICE], service) == []
