@@ -67,7 +67,7 @@ def _node(options: argparse.Namespace, command: str) -> int:
     _, folder = run.asked(run.parser().parse_args(arguments))
     processes = detect(os.environ)
     member = Member(processes.index, _command(arguments), os.environ)
-    return _watch(lambda: [member], folder, processes.count, 0, command)
+    return _watch(lambda: [member], folder, processes.count, 0, "")
 
 
 def _slurm(options: argparse.Namespace, command: str) -> int:
@@ -86,28 +86,39 @@ def _kubernetes(options: argparse.Namespace, command: str) -> int:
 
 
 def _watch(members: Callable[[], list[Member]], folder: Path, count: int, restarts: int, again: str) -> int:
-    """Supervises one start after the other, until one ends as it should or none is left."""
+    """Supervises one start after the other, until one ends as it should or none is left.
+
+    Args:
+        members: makes those of one start; they are all or some of the run's `count` processes.
+        again: the command that goes on; empty where someone else starts the processes again.
+    """
     refuse_foreign(folder)
     for attempt in range(restarts + 1):
-        ended = supervise(members(), folder / LOGS, partial(print, flush=True))
+        started = members()
+        ended = supervise(started, folder / LOGS, partial(print, flush=True))
         if ended.culprit is None:
             return ended.code
-        told = _account(ended, folder, count)
+        _tell(ended, folder, count, len(started))
         if ended.code == _MISTAKE or attempt == restarts:
-            print(told + f"\nto go on: {again}", file=sys.stderr)
+            if again:
+                print(f"to go on: {again}", file=sys.stderr)
             return ended.code
-        print(f"{told}\nrestart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
+        print(f"restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
     raise AssertionError("the last attempt returns")
 
 
-def _account(ended: Ended, folder: Path, count: int) -> str:
+def _tell(ended: Ended, folder: Path, count: int, here: int) -> None:
     """What happened, and what is kept."""
+    if ended.told:
+        print(ended.told, file=sys.stderr)
     kept = sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
     which = f"the checkpoint of step {int(kept[-1].name)}" if kept else "no checkpoint, for none was written yet"
-    others = f"; the others were ended within {ended.seconds:.1f} s" if count > 1 else ""
-    return (f"{ended.told}\n" if ended.told else "") + (
-        f"failed: process {ended.culprit} of {count} {ended.how}{others}. Kept: {which}, and what each process wrote, "
-        f"in {folder / LOGS}"
+    others = f"; the others were ended within {ended.seconds:.1f} s" if here > 1 else ""
+    print(
+        f"failed: process {ended.culprit} of {count} {ended.how}{others}. Kept: {which}; what the processes wrote is "
+        f"in {folder / LOGS}",
+        file=sys.stderr,
+        flush=True,
     )
 
 

@@ -116,6 +116,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(store, tmp_path):
     other.close()
 
 
+def test_a_checkpoint_from_before_the_run_changed_its_mesh_is_taken(store, tmp_path):
+    filled(store, 1)
+    later = CheckpointStore(tmp_path, fingerprint="f2", keep=2, earlier=["f0", "f1"])
+    assert later.restore_latest(abstract(), print).step == 1
+    later.close()
+
+
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays(store, monkeypatch):
     filled(store, 1)
 
