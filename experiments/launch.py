@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _local(options: argparse.Namespace, command: str) -> int:
     """All processes on this machine, over virtual CPU devices."""
+    if min(options.processes, options.devices) < 1:
+        raise ConfigError(f"--processes {options.processes} --devices {options.devices}: give at least 1 of each")
     job = Job("local", _run(options), 1, options.processes, 0, options.devices, options.restarts)
     experiment, folder = run.asked(run.parser().parse_args(job.run))
     if experiment.mesh.num_devices != job.devices:
@@ -98,8 +100,11 @@ def _watch(members: Callable[[], list[Member]], folder: Path, count: int, restar
         ended = supervise(started, folder / LOGS, partial(print, flush=True))
         if ended.culprit is None:
             return ended.code
+        if ended.code == _MISTAKE:
+            print(ended.told, file=sys.stderr)
+            return ended.code
         _tell(ended, folder, count, len(started))
-        if ended.code == _MISTAKE or attempt == restarts:
+        if attempt == restarts:
             if again:
                 print(f"to go on: {again}", file=sys.stderr)
             return ended.code
