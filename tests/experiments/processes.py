@@ -57,16 +57,17 @@ class Launched:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def process(self, index: int) -> int:
-        """The id of the process, of the newest start."""
-        log = (self.run / f"logs/process-{index}.log").read_text("utf-8", "replace")
-        return int([line for line in log.splitlines() if line.startswith("--- ")][-1].split()[3])
-
     def end(self, code: int) -> str:
         """Waits for the end, and returns what was said."""
         told = self.popen.communicate(timeout=600)[0]
         assert self.popen.returncode == code, told
         return told
+
+
+def process_id(run: Path, index: int) -> int:
+    """Of the newest start."""
+    log = (run / f"logs/process-{index}.log").read_text("utf-8", "replace")
+    return int([line for line in log.splitlines() if line.startswith("--- ")][-1].split()[3])
 
 
 def losses(run: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments.launching.supervise import GRACE_SECONDS
 from experiments.run import load_experiment, run
 from moe.train.run_folder import RunFolderError
-from tests.experiments.processes import CLOSE, Launched, assert_close, assert_same, losses, untimed, written
+from tests.experiments.processes import CLOSE, Launched, assert_close, assert_same, losses, process_id, untimed, written
 
 QUICK = {"model.num_layers": 1, "training.steps": 3, "data.held_out": 0.0, "mesh.data": 2, "mesh.expert": 2}
 FOUR = {"mesh.data": 4, "mesh.expert": 2, "data.batch_size": 8}
@@ -61,7 +61,7 @@ def test_a_killed_process_ends_all_and_the_restart_goes_on_in_the_same_bits(undi
     file, path = undisturbed[0], folder / f"killed{killed}"
     launched = Launched(file, path, 4)
     launched.wait_for_step(6)
-    os.kill(launched.process(killed), signal.SIGKILL)
+    os.kill(process_id(path, killed), signal.SIGKILL)
     told = launched.end(1)
     assert f"failed: process {killed} of 4 was killed by SIGKILL; the others were ended within" in told
     assert float(told.split("were ended within ")[1].split(" s")[0]) < GRACE_SECONDS + 2
@@ -76,7 +76,7 @@ def test_the_launcher_restarts_by_itself(undisturbed, folder):
     file, path = undisturbed[0], folder / "restarted"
     launched = Launched(file, path, 4, restarts=1)
     launched.wait_for_step(9)
-    os.kill(launched.process(3), signal.SIGKILL)
+    os.kill(process_id(path, 3), signal.SIGKILL)
     told = launched.end(0)
     assert "restart 1 of 1" in told
     assert "resuming from the checkpoint of step 8" in told
