@@ -104,7 +104,7 @@ def _watch(members: Callable[[], list[Member]], folder: Path, count: int, restar
             print(ended.told, file=sys.stderr)
             return ended.code
         _tell(ended, folder, count, len(started))
-        if attempt == restarts:
+        if attempt == restarts or ended.signal:
             if again:
                 print(f"to go on: {again}", file=sys.stderr)
             return ended.code

@@ -44,6 +44,8 @@ class Ended(NamedTuple):
     how: what became of it, as the rest of a sentence: "was killed by SIGKILL".
     told: the last lines that it wrote to stderr, where it ended by itself.
     seconds: from noticing to the end of all.
+    killed_by: the signal that killed it, or 0.
+    signal: the last one that was handed on to all, or 0.
     """
 
     code: int
@@ -51,6 +53,8 @@ class Ended(NamedTuple):
     how: str = ""
     told: str = ""
     seconds: float = 0.0
+    killed_by: int = 0
+    signal: int = 0
 
 
 def supervise(members: Sequence[Member], logs: Path, show: Callable[[str], None]) -> Ended:
@@ -71,7 +75,11 @@ def supervise(members: Sequence[Member], logs: Path, show: Callable[[str], None]
             for member in members:
                 processes.append(_Process(member, logs, selector, show))
                 forwarding.to(processes[-1].popen)
-            return _watch(processes, selector)
+            ended = _watch(processes, selector)
+            # Before a run listens for signals, they end it at once.
+            if forwarding.received and ended.killed_by == forwarding.received:
+                return Ended(128 + forwarding.received, signal=forwarding.received)
+            return ended._replace(signal=forwarding.received)
         finally:
             for process in processes:
                 process.kill()
@@ -97,7 +105,7 @@ def _watch(processes: "list[_Process]", selector: selectors.BaseSelector) -> End
     told = "" if code < 0 else "\n".join(culprit.told).strip()
     passed_on = code if code > 0 else LOST if code == -signal.SIGABRT else 1
     how = _NEVER_MET if culprit.never_met else _how(code)
-    return Ended(passed_on, culprit.member.index, how, told, seconds)
+    return Ended(passed_on, culprit.member.index, how, told, seconds, killed_by=max(-code, 0))
 
 
 def _read(selector: selectors.BaseSelector, seconds: float) -> bool:
@@ -200,13 +208,13 @@ class _Forwarding:
     """Hands SIGTERM and SIGINT on to processes, those included that start after the signal came."""
 
     def __init__(self) -> None:
+        self.received = 0
         self._targets: list[subprocess.Popen] = []
-        self._received: list[int] = []
 
     def to(self, target: subprocess.Popen) -> None:
         self._targets.append(target)
-        for number in self._received:
-            target.send_signal(number)
+        if self.received:
+            target.send_signal(self.received)
 
     def __enter__(self) -> "_Forwarding":
         self._before = {s: signal.signal(s, self._hand_on) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -217,6 +225,6 @@ class _Forwarding:
             signal.signal(number, handler)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)
+        self.received = number
         for target in self._targets:
             target.send_signal(number)

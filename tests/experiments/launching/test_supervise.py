@@ -89,19 +89,22 @@ def test_the_first_to_die_is_named_and_not_those_that_missed_it(tmp_path):
     assert ended.seconds < GRACE_SECONDS
 
 
+SAVING = "import signal, sys, time; [signal.signal(s, lambda n, f: sys.exit(128 + n)) for s in (2, 15)]; " + SLEEP
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_handed_on_and_exit_codes_kept(tmp_path, number):
-    saving = "import signal, sys, time; [signal.signal(s, lambda n, f: sys.exit(128 + n)) for s in (2, 15)]; " + SLEEP
-    program = f"""
+@pytest.mark.parametrize("program", [SAVING, SLEEP], ids=["a run that saves", "a run that does not listen yet"])
+def test_signals_are_handed_on_and_exit_codes_kept(tmp_path, number, program):
+    code = f"""
     import sys
     from pathlib import Path
     from experiments.launching.supervise import supervise
     from tests.experiments.launching.test_supervise import members
-    ended = supervise(members({saving!r}, {saving!r}), Path({str(tmp_path)!r}), lambda line: print(line, flush=True))
-    sys.exit(ended.code if ended.culprit is None else 99)
+    ended = supervise(members({program!r}, {program!r}), Path({str(tmp_path)!r}), lambda line: print(line, flush=True))
+    sys.exit(ended.code if ended.culprit is None and ended.signal == {int(number)} else 99)
     """
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert sorted(parent.stdout.readline() for _ in range(2)) == ["[0] here\n", "[1] here\n"]
     parent.send_signal(number)
