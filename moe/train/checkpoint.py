@@ -150,7 +150,12 @@ class CheckpointStore:
         return json.loads((self.path(step) / "run.json").read_text("utf-8"))
 
     def _restore(self, step: int, abstract: TrainState) -> Restored:
-        wanted = named(abstract)
+        # Where an array is said to be anywhere, Orbax would look for the devices that wrote it.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+            for name, x in named(abstract).items()
+        }
         found = self._checkpointer.restore(self.path(step) / "state", args=ocp.args.StandardRestore(wanted))
         leaves = [found[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
