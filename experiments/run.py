@@ -228,8 +228,10 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
     console.print(table)
 
 
-def _is_loss_of_another(error: Exception) -> bool:
-    return any(word in str(error) for word in ("Gloo", "gloo", "NCCL", "peer", "coordination"))
+def _is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether an exchange failed for want of another process. JAX has no error of its own for that: those who carry
+    it out name themselves."""
+    return any(name in str(error) for name in ("Gloo", "gloo", "NCCL", "coordination service"))
 
 
 def _defines_one(file: Path) -> bool:

@@ -214,8 +214,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
         if not jax.distributed.is_initialized() or isinstance(error, SystemExit):
             raise
         traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        _exit_at_once(code)
+        _exit_at_once(130 if isinstance(error, KeyboardInterrupt) else 1)
     if code not in STOPPED and jax.distributed.is_initialized():
         _exit_at_once(code)
     sys.exit(code)

@@ -50,6 +50,8 @@ def test_a_job_trains_survives_a_kill_and_saves_when_it_is_stopped(slurm, tmp_pa
     wait_until(lambda: log.read_text().count("compiled the train step") == 2)
     told = log.read_text()
     assert "failed: process 1 of 2 was killed by SIGKILL. Kept: the checkpoint of step" in told
+    # The other one, over which nobody watches from outside, notices and says so.
+    assert "failed: process 0 of 2" in told
     assert "at attempt 0 of 1; the next goes on from the last checkpoint" in told
     resumed = int(told.split("resuming from the checkpoint of step ")[1].split()[0])
     wait_until(lambda: trained(resumed + 3))
