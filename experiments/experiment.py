@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from experiments.overrides import check, settings, vary
@@ -119,12 +120,13 @@ class Experiment:
 
     def blueprint(self, mesh: Mesh | None = None) -> Blueprint:
         """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh.
+        Several processes (parallel/distributed.py) share one mesh, whatever its size.
 
         Raises:
-            MeshError: there are fewer devices than `self.mesh` asks for.
+            MeshError: there are fewer devices than `self.mesh` asks for, or more in several processes.
             LayoutError: a parameter does not divide over the mesh.
         """
-        if mesh is None and self.mesh.num_devices > 1:
+        if mesh is None and (self.mesh.num_devices > 1 or jax.distributed.is_initialized()):
             mesh = make_mesh(self.mesh)
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
         return make_blueprint(

@@ -6,6 +6,7 @@ warmup, the capacity factor and the peak rate. Needs 512 devices, your own text 
 step of it in shapes only.
 
     python -m experiments.run experiments/hunyuan_large.py --show
+    python -m experiments.launch slurm --nodes 64 --output job.sbatch experiments/hunyuan_large.py
 """
 
 from dataclasses import replace

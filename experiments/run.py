@@ -1,12 +1,13 @@
 """Trains an experiment: python -m experiments.run experiments/tiny.py
 
-Exit codes: 0 trained to the end · 1 the run failed · 2 a mistake in the arguments, settings or data ·
-143 or 130 stopped by SIGTERM or SIGINT after saving (the same command goes on from there).
+Exit codes: 0 trained to the end · 1 the run failed · 2 a mistake in the arguments, settings or data · 3 another of
+several processes is gone · 143 or 130 stopped by SIGTERM or SIGINT after saving (the same command goes on from there).
+
+Several processes, started by experiments.launch or by hand, run this same command each; process 0 tells and writes.
 """
 
 import argparse
-import json
-import math
+import os
 import runpy
 import sys
 import traceback
@@ -17,59 +18,78 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments.experiment import Experiment
+from experiments.experiment import WITHOUT_EFFECT, Experiment
 from experiments.overrides import parse_changes, settings
+from experiments.summary import escaped, summarize, weights_to_sample
 from moe.model.config import ConfigError
 from moe.model.count import count_parameters
 from moe.model.parameter import specs_of
 from moe.model.tensor_files import WeightsError
 from moe.model.transformer import Transformer
-from moe.serve.engine import Weights
-from moe.serve.language_model import HunyuanMoE
-from moe.serve.vocabulary import open_vocabulary
 from moe.train.checkpoint import CheckpointError
 from moe.train.corpus import DataError
 from moe.train.data import Data, open_data
 from moe.train.loop import DivergedError, Outcome, train
-from moe.train.metrics import Record, read_metrics
-from moe.train.pictures import save_pictures
 from moe.train.pretrained import open_pretrained
 from moe.train.run_folder import RunFolder, RunFolderError, write_atomically
 from moe.train.state import Blueprint, TrainState
-from parallel.layout import SINGLE_DEVICE, LayoutError
+from parallel.distributed import LOST, DistributedError, detect, initialize, leave
+from parallel.layout import LayoutError
 from parallel.mesh import MeshError
+from parallel.together import require_same, wait_for_all
 
-MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError, WeightsError)
+MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError, WeightsError, DistributedError)
 FAILURES = (CheckpointError, DivergedError)
-LOSS_STEPS = 20
-"""The final training loss is the mean of so many last steps."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # Where the output is no terminal, rich would break lines at 80 columns.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        as_written = load_experiment(Path(options.experiment))
-        assignments = [*options.set, *([f"training.steps={options.steps}"] if options.steps is not None else [])]
-        experiment = as_written.vary(parse_changes(as_written, assignments))
+        experiment, path = asked(options)
         if options.show:
             show(experiment, console)
             return 0
-        path = Path(options.run_dir) if options.run_dir else default_folder(experiment, as_written)
-        outcome = run(experiment, path, console)
+        processes = detect(os.environ, coordinator=options.coordinator, count=options.processes, index=options.process)
+        console.quiet = processes.index > 0
+        initialize(processes, experiment.mesh.num_devices)
+        outcome = run(experiment, path, console, remesh=options.remesh)
     except MISTAKES as error:
-        errors.print(f"[bold red]error:[/] {_escaped(error)}")
+        errors.print(f"[bold red]error:[/] {escaped(error)}")
         return 2
     except FAILURES as error:
-        errors.print(f"[bold red]failed:[/] {_escaped(error)}")
+        errors.print(f"[bold red]failed:[/] {escaped(error)}")
         return 1
     except OSError as error:
-        errors.print(f"[bold red]failed:[/] {_escaped(error)}; what was written before is kept")
+        errors.print(f"[bold red]failed:[/] {escaped(error)}; what was written before is kept")
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if processes.count == 1 or not _is_loss_of_another(error):
+            raise
+        told = str(error).splitlines()[0]
+        errors.print(
+            f"[bold red]failed:[/] process {processes.index} lost contact with another process ({escaped(told)}); "
+            "what was written before is kept, and the same command goes on from the last checkpoint"
+        )
+        return LOST
     return 0 if outcome.finished else 128 + outcome.signal
+
+
+def asked(options: argparse.Namespace) -> tuple[Experiment, Path]:
+    """The experiment that the arguments name, with their changes, and its run folder.
+
+    Raises:
+        ConfigError: there is none, or a change does not fit.
+    """
+    as_written = load_experiment(Path(options.experiment))
+    assignments = [*options.set, *([f"training.steps={options.steps}"] if options.steps is not None else [])]
+    experiment = as_written.vary(parse_changes(as_written, assignments))
+    if options.remesh and not options.run_dir:
+        raise ConfigError("--remesh without --run-dir: give the folder of the run that shall go on, such as runs/tiny")
+    return experiment, Path(options.run_dir) if options.run_dir else default_folder(experiment, as_written)
 
 
 def default_folder(experiment: Experiment, as_written: Experiment) -> Path:
@@ -79,27 +99,32 @@ def default_folder(experiment: Experiment, as_written: Experiment) -> Path:
     return Path("runs") / f"{experiment.name}{variant}"
 
 
-def run(experiment: Experiment, path: Path, console: Console) -> Outcome:
+def run(experiment: Experiment, path: Path, console: Console, *, remesh: bool = False) -> Outcome:
     """Trains `experiment` in the folder `path`, from where an earlier start left off, and sums it up.
+
+    Args:
+        remesh: whether an earlier start may have had another mesh. The numbers then go on to rounding, not bit by bit.
 
     Raises:
         ConfigError, MeshError, LayoutError, DataError, RunFolderError: what was asked cannot be done.
+        DistributedError: the processes were started with different arguments or data.
         CheckpointError, DivergedError: the run failed.
     """
     if experiment.init_from is not None:
         open_pretrained(Path(experiment.init_from)).check(experiment.model)
     blueprint = experiment.blueprint()
+    fingerprint = experiment.fingerprint()
+    require_same(experiment=fingerprint)
+    mesh = [f"mesh.{axis}" for axis in experiment.mesh.sizes]
     with RunFolder.open(
-        path, frozen=experiment.frozen(), fingerprint=experiment.fingerprint(), process_index=jax.process_index()
+        path,
+        frozen=experiment.frozen(),
+        fingerprint=fingerprint,
+        process_index=jax.process_index(),
+        may_change=(*WITHOUT_EFFECT, *mesh) if remesh else (),
     ) as folder:
-        data = open_data(
-            experiment.data,
-            vocab_size=experiment.model.vocab_size,
-            seed=experiment.training.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            report=console.print,
-        )
+        data = _open_data(experiment, blueprint, console)
+        require_same(tokenizer=data.tokenizer.to_json(), corpus=str(data.statistics))
         if jax.process_index() == 0:
             write_atomically(folder.tokenizer, data.tokenizer.to_json())
         announce(experiment, blueprint, data, path, console)
@@ -108,13 +133,34 @@ def run(experiment: Experiment, path: Path, console: Console) -> Outcome:
             data,
             experiment.training,
             folder,
-            fingerprint=experiment.fingerprint(),
+            fingerprint=fingerprint,
             console=console,
             create_state=lambda: first_state(experiment, blueprint),
         )
-        if outcome.finished and jax.process_index() == 0:
-            summarize(experiment, blueprint, data, folder, outcome, console)
+        if outcome.finished:
+            weights = weights_to_sample(blueprint, outcome)
+            if jax.process_index() == 0:
+                summarize(experiment, data, folder, outcome, weights, console)
+        wait_for_all("the end of the run")
         return outcome
+
+
+def _open_data(experiment: Experiment, blueprint: Blueprint, console: Console) -> Data:
+    """This process's part of the data. Process 0 comes first: what it tokenizes the others find in the cache."""
+    if jax.process_index() > 0:
+        wait_for_all("the corpus is tokenized")
+    index, count = blueprint.layout.batch_share(experiment.data.batch_size)
+    data = open_data(
+        experiment.data,
+        vocab_size=experiment.model.vocab_size,
+        seed=experiment.training.seed,
+        process_index=index,
+        process_count=count,
+        report=console.print,
+    )
+    if jax.process_index() == 0:
+        wait_for_all("the corpus is tokenized")
+    return data
 
 
 def first_state(experiment: Experiment, blueprint: Blueprint) -> TrainState:
@@ -152,7 +198,7 @@ def show(experiment: Experiment, console: Console) -> None:
     """Prints every setting as `--set` takes it, with what may be given, and the size of the model."""
     table = Table("setting", "value", "expected", box=None)
     for path, setting in settings(experiment).items():
-        table.add_row(path, _escaped(setting.text), setting.expected)
+        table.add_row(path, escaped(setting.text), setting.expected)
     console.print(table)
     model = nnx.eval_shape(
         lambda: Transformer(experiment.model, experiment.precision, experiment.execution, rngs=nnx.Rngs(0))
@@ -178,110 +224,55 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
     }
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
-        table.add_row(f"[bold]{name}[/]", _escaped(text))
+        table.add_row(f"[bold]{name}[/]", escaped(text))
     console.print(table)
 
 
-def summarize(
-    experiment: Experiment, blueprint: Blueprint, data: Data, folder: RunFolder, outcome: Outcome, console: Console
-) -> None:
-    """Draws the pictures, writes summary.json, and prints what came out and where it is."""
-    records = read_metrics(folder.metrics)
-    losses = [record["loss"] for record in records if "loss" in record][-LOSS_STEPS:]
-    validation = [record["validation_loss"] for record in records if "validation_loss" in record][-1:]
-    entropy = data.statistics.unigram_entropy
-    save_pictures(records, folder.pictures, entropy, experiment.name)
-    sample = _sample(blueprint, data, folder, outcome)
-    summary = {
-        "steps": outcome.step,
-        "training_loss": sum(losses) / len(losses),
-        "validation_loss": validation[0] if validation else None,
-        "unigram_entropy": entropy,
-        "sample": sample,
-    }
-    write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False))
-
-    table = Table("after " + f"{outcome.step} steps", "nats per token", "bits per byte", box=None)
-    per_byte = data.statistics.tokens / data.statistics.bytes / math.log(2)
-    for name in ("training_loss", "validation_loss", "unigram_entropy"):
-        if summary[name] is not None:
-            table.add_row(name.replace("_", " "), f"{summary[name]:.3f}", f"{summary[name] * per_byte:.3f}")
-    console.print("", table, "")
-    _print_routing(records[-1] if "layers" in records[-1] else records[-2], console)
-    console.print("[bold]sample[/]", _escaped(sample), "", sep="\n")
-    console.print("the run is finished; for a longer one give --steps, which starts in a folder of its own")
-    console.print(f"[bold]metrics[/]      {folder.metrics}   (tensorboard --logdir {folder.tensorboard})")
-    console.print(f"[bold]pictures[/]     {folder.pictures}")
-    console.print(f"[bold]checkpoints[/]  {folder.checkpoints}")
-
-
-def _print_routing(record: Record, console: Console) -> None:
-    if "layers" not in record:
-        return
-    layers = record["layers"]
-    table = Table(
-        "MoE layer", "busiest expert", "idlest expert", "router entropy", "dropped", "sent a device", box=None
-    )
-    for layer, load in enumerate(layers["load"]):
-        table.add_row(
-            str(layer),
-            f"{max(load) * len(load):.2f} x even",
-            f"{min(load) * len(load):.2f} x even",
-            f"{layers['entropy'][layer]:.3f} of {math.log(len(load)):.3f} nats",
-            f"{layers['dropped'][layer]:.1%}",
-            f"{layers['wire_bytes'][layer] / 1e6:.1f} MB a step",
-        )
-    console.print(table, "")
-
-
-def _sample(blueprint: Blueprint, data: Data, folder: RunFolder, outcome: Outcome) -> str:
-    """What the model makes of the beginning of the first held-out document, or of a full stop where there is none."""
-    first = next(data.validation(), None)
-    prompt = data.tokenizer.decode(first.tokens_BT[0, :16]) if first is not None else "."
-    here = jax.local_devices()[0]
-    params, balance = jax.device_put((outcome.state.params, outcome.state.balance), here)
-    weights = Weights(blueprint.config, blueprint.precision, SINGLE_DEVICE, params, balance)
-    vocabulary = open_vocabulary(folder.path, {})
-    model = HunyuanMoE(weights, vocabulary, max_length=2048, name=folder.path.name)
-    return prompt + model.generate(prompt, max_tokens=100, temperature=0.8)
+def _is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether an exchange failed for want of another process. JAX has no error of its own for that: those who carry
+    it out name themselves."""
+    return any(name in str(error) for name in ("Gloo", "gloo", "NCCL", "coordination service"))
 
 
 def _defines_one(file: Path) -> bool:
     return "\nexperiment = " in file.read_text("utf-8")
 
 
-def _escaped(text: object) -> str:
-    """For rich, which would read words in brackets as styles."""
-    return str(text).replace("[", "\\[")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
         prog="python -m experiments.run",
         description="Trains an experiment, or goes on with it: the same command resumes from the last checkpoint.",
         epilog="examples:\n"
         "  python -m experiments.run experiments/tiny.py\n"
         "  python -m experiments.run experiments/tiny.py --steps 50 --set optimizer.learning_rate=1e-3\n"
         "  python -m experiments.run experiments/tiny.py --set mesh.data=1 --set mesh.expert=1 --show\n\n"
-        "exit codes: 0 done, 1 the run failed, 2 a mistake in settings or data, 143/130 stopped by SIGTERM/SIGINT "
-        "after saving",
+        "exit codes: 0 done, 1 the run failed, 2 a mistake in settings or data, 3 another process is gone, 143/130 "
+        "stopped by SIGTERM/SIGINT after saving\n"
+        "several processes: python -m experiments.launch --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", help="a Python file that defines `experiment = Experiment(...)`")
-    parser.add_argument(
+    command.add_argument("experiment", help="a Python file that defines `experiment = Experiment(...)`")
+    command.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE",
         help="change a setting by its dotted path; may be given several times (--show lists all)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, metavar="N", help="the same as --set training.steps=N")
-    parser.add_argument(
+    command.add_argument("--steps", type=int, metavar="N", help="the same as --set training.steps=N")
+    command.add_argument(
         "--run-dir", metavar="DIR",
         help="where the run writes; by default runs/NAME, and a folder of its own for each variant of the numbers",
     )  # fmt: skip
-    parser.add_argument(
+    command.add_argument(
         "--show", action="store_true", help="print every setting with its value, and the size of the model, and exit"
     )
-    return parser
+    command.add_argument(
+        "--remesh", action="store_true",
+        help="go on with the run in --run-dir on another mesh than it had; the same numbers but for rounding",
+    )  # fmt: skip
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    command.add_argument("--processes", type=int, metavar="N", help="of several processes: how many there are")
+    command.add_argument("--process", type=int, metavar="I", help="of several processes: which one this is, from 0")
+    return command
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -77,6 +77,29 @@ class Layout:
         """On every device."""
         return NamedSharding(self.mesh, self.whole_spec) if self.mesh else None
 
+    def each_device(self) -> NamedSharding | None:
+        """One element a device, in the mesh's order."""
+        return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)) if self.mesh else None
+
+    def batch_share(self, batch_size: int) -> tuple[int, int]:
+        """(index, count): this process's devices hold part `index` of a batch that is cut into `count` equal parts.
+
+        Processes whose devices split something else than the batch hold the same part.
+        """
+        sharding = self.activation("B")
+        if sharding is None:
+            return 0, 1
+        devices = sharding.addressable_devices_indices_map((batch_size,)).values()
+        held = [part.indices(batch_size) for index in devices for part in index or ()]
+        first, end = min(start for start, _, _ in held), max(stop for _, stop, _ in held)
+        size = end - first
+        if batch_size % size or first % size:
+            raise LayoutError(
+                f"rows {first} to {end - 1} of {batch_size} fall to one process, which is no equal part of the batch: "
+                "give each process the same number of devices, and a mesh whose sizes divide over the processes"
+            )
+        return first // size, batch_size // size
+
     @property
     def whole_spec(self) -> PartitionSpec:
         return PartitionSpec()

@@ -39,6 +39,11 @@ class MeshConfig:
     def num_devices(self) -> int:
         return math.prod(self.sizes.values())
 
+    @property
+    def text(self) -> str:
+        """ "replica=1 x data=2 x expert=4"."""
+        return " x ".join(f"{name}={size}" for name, size in self.sizes.items())
+
 
 def parse_mesh(text: str) -> MeshConfig:
     """ "data=2,expert=4" as a mesh.
@@ -60,26 +65,33 @@ def parse_mesh(text: str) -> MeshConfig:
 def make_mesh(config: MeshConfig) -> Mesh:
     """Lays `config` over the first devices of this machine, or of all processes.
 
-    Where the platform is CPU and JAX has not started yet, as many virtual devices are made as the mesh needs.
+    Where the platform is CPU and JAX has not started yet, as many virtual devices are made as the mesh needs. Several
+    processes (parallel/distributed.py) use all devices of each: the devices of a process follow each other, so the
+    innermost axes stay within it as far as its devices reach.
+
     The axes are of type Auto: shardings are stated at the boundaries and at a few constraints, and XLA fills in the
     rest; what must be exact is written in `jax.shard_map`. Explicit axes would have every op of the model name its
     output's sharding.
 
     Raises:
-        MeshError: there are fewer devices than the mesh needs.
+        MeshError: there are fewer devices than the mesh needs, or, with several processes, more.
     """
     _request_virtual_devices(config.num_devices)
     devices = jax.devices()
     if len(devices) < config.num_devices:
-        asked = " x ".join(f"{name}={size}" for name, size in config.sizes.items())
         raise MeshError(
-            f"the mesh {asked} needs {config.num_devices} devices, and {len(devices)} {devices[0].platform} "
+            f"the mesh {config.text} needs {config.num_devices} devices, and {len(devices)} {devices[0].platform} "
             f"{'device is' if len(devices) == 1 else 'devices are'} present: lower one of the axes"
             + (
                 f", or set XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices} before Python starts"
-                if devices[0].platform == "cpu"
+                if devices[0].platform == "cpu" and jax.process_count() == 1
                 else ""
             )
+        )
+    if len(devices) > config.num_devices and jax.process_count() > 1:
+        raise MeshError(
+            f"the mesh {config.text} has {config.num_devices} devices, and the {jax.process_count()} processes have "
+            f"{len(devices)}: a mesh over several processes uses all of them, so raise one of the axes, or start fewer"
         )
     sizes = config.sizes
     return jax.make_mesh(
@@ -91,6 +103,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def _request_virtual_devices(count: int) -> None:
+    if jax.distributed.is_initialized():
+        # Each process has asked for its share of them when it met the others.
+        return
     try:
         if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", count)

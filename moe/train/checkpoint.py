@@ -6,14 +6,17 @@ A checkpoint is a folder, `checkpoints/00000100`:
     run.json        step, the run's fingerprint, the data iterator's state
     manifest.json   SHA-256 of every other file
 
-Orbax writes the arrays into `00000100.saving`, which gets its manifest and only then its name.
+Orbax writes the arrays into `00000100.saving`, which gets its manifest and only then its name. Of several processes
+each writes what its devices keep, into one folder that all of them see; once all have written, process 0 gives the
+checkpoint its manifest and its name. Restoring knows arrays and not who wrote them, so another number of processes may
+do it, onto another mesh.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +27,10 @@ from absl import logging
 
 from moe.train.run_folder import write_atomically
 from moe.train.state import TrainState
+from parallel.together import from_first
 
 _SAVING, _DAMAGED = ".saving", ".damaged"
+_NONE = -1
 
 
 class CheckpointError(RuntimeError):
@@ -43,16 +48,18 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, *, fingerprint: str, keep: int) -> None:
+    def __init__(self, folder: Path, *, fingerprint: str, keep: int, earlier: Collection[str] = ()) -> None:
         """
         Args:
             fingerprint: of the run's configuration; checkpoints of another one are refused.
+            earlier: fingerprints that the run had before it moved to another mesh.
             keep: newest checkpoints that stay; older ones are removed.
         """
         # What Orbax logs as an error it raises as well, and that is told in our own words.
         logging.set_verbosity(logging.FATAL)
         self.folder = folder.resolve()
         self._fingerprint = fingerprint
+        self._accepted = {fingerprint, *earlier}
         self._keep = keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._background = ThreadPoolExecutor(max_workers=1)
@@ -109,35 +116,50 @@ class CheckpointStore:
         Raises:
             CheckpointError: all are damaged, or they belong to another configuration.
         """
+        step = from_first(lambda: self._newest_whole(report))
+        return None if step == _NONE else self._restore(step, abstract)
+
+    def _newest_whole(self, report: Callable[[str], None]) -> int:
+        """The step to go on from, or `_NONE`; process 0 alone looks, since it moves what is damaged."""
         steps = self.steps()
         for step in reversed(steps):
             damage = damage_of(self.path(step))
             if damage is None:
-                return self._restore(step, abstract)
+                self._check_owner(step)
+                return step
             aside = self.path(step).with_name(f"{self.path(step).name}{_DAMAGED}")
-            if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(step).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
             report(f"checkpoint {self.path(step)} is damaged ({damage}): set aside as {aside.name}")
         if steps:
             raise CheckpointError(
                 f"{self.folder}: none of the {len(steps)} checkpoints is whole; "
                 "start anew with another --run-dir, or put a good copy in their place"
             )
-        return None
+        return _NONE
 
-    def _restore(self, step: int, abstract: TrainState) -> Restored:
-        about = json.loads((self.path(step) / "run.json").read_text("utf-8"))
-        if about["fingerprint"] != self._fingerprint:
+    def _check_owner(self, step: int) -> None:
+        found = self._about(step)["fingerprint"]
+        if found not in self._accepted:
             raise CheckpointError(
                 f"checkpoint {self.path(step)} belongs to a run of another configuration "
-                f"({about['fingerprint'][:12]} instead of {self._fingerprint[:12]}); give that run's settings, or "
-                "another --run-dir"
+                f"({found[:12]} instead of {self._fingerprint[:12]}); give that run's settings, or another --run-dir"
             )
-        wanted = named(abstract)
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return json.loads((self.path(step) / "run.json").read_text("utf-8"))
+
+    def _restore(self, step: int, abstract: TrainState) -> Restored:
+        # Where an array is said to be anywhere, Orbax would look for the devices that wrote it.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+            for name, x in named(abstract).items()
+        }
         found = self._checkpointer.restore(self.path(step) / "state", args=ocp.args.StandardRestore(wanted))
         leaves = [found[name] for name in wanted]
-        return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), about["data"])
+        state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return Restored(step, state, self._about(step)["data"])
 
     def _saving(self, step: int) -> Path:
         return self.folder / f"{step:08d}{_SAVING}"

@@ -22,6 +22,7 @@ from moe.train.progress import TrainingProgress
 from moe.train.run_folder import RunFolder
 from moe.train.state import Blueprint, TrainState
 from moe.train.step import StepMetrics, make_evaluation_step, make_train_step, place_batch
+from parallel.together import Agreement
 
 
 class DivergedError(RuntimeError):
@@ -82,13 +83,16 @@ def train(
     Args:
         create_state: makes the state of step 0, where there is no checkpoint.
 
-    SIGTERM and SIGINT let the step end, save and return; a second SIGINT interrupts at once.
+    SIGTERM and SIGINT let the step end, save and return; a second SIGINT interrupts at once. Several processes stop
+    after the same step, the one behind that in which the first of them took the signal.
 
     Raises:
         DivergedError: loss or gradients are no longer finite. No checkpoint holds anything of that step.
         CheckpointError: a checkpoint cannot be written or read.
     """
-    store = CheckpointStore(folder.checkpoints, fingerprint=fingerprint, keep=config.keep_checkpoints)
+    store = CheckpointStore(
+        folder.checkpoints, fingerprint=fingerprint, keep=config.keep_checkpoints, earlier=folder.earlier
+    )
     try:
         restored = store.restore_latest(blueprint.abstract_state(), console.print)
         if restored is None:
@@ -127,31 +131,33 @@ class _Run:
 
     def steps(self, state: TrainState, first_step: int) -> Outcome:
         """From `first_step` steps taken to the last, or to a signal."""
-        config, step, taken = self.config, None, first_step
+        config, step, taken, stop = self.config, None, first_step, 0
         pending: tuple[int, StepMetrics] | None = None
+        agreed = Agreement(self.blueprint.layout)
         with _Signals() as signals, self.progress:
-            while taken < config.steps and not signals.received:
+            while taken < config.steps and not stop:
                 batch = place_batch(next(self.data.train), self.blueprint.layout)
                 step = step or self._compiled(state, batch)
                 state, metrics = step(state, batch)
                 taken += 1
                 # The metrics are read one step late, so that the devices never wait for the host.
                 pending = self._tell(pending, (taken, metrics))
-                last = taken == config.steps or signals.received
+                stop = agreed(signals.received)
+                last = taken == config.steps or stop
                 save, evaluate = taken % config.checkpoint_every == 0, taken % config.evaluate_every == 0
                 if last or save or evaluate:
                     pending = self._tell(pending, None)
-                    if taken == config.steps or (evaluate and not signals.received):
+                    if taken == config.steps or (evaluate and not stop):
                         self._evaluate(state, taken)
                     if last or save:
                         self.store.save(taken, state, self.data.train.get_state())
                     self.clock = time.perf_counter()
             self.store.wait()
-            if signals.received:
-                self.console.print(f"stopped by {signal.Signals(signals.received).name} and saved after step {taken}")
+            if stop:
+                self.console.print(f"stopped by {signal.Signals(stop).name} and saved after step {taken}")
         if self.writer is not None:
             self.writer.close()
-        return Outcome(taken == config.steps, taken, state, signals.received)
+        return Outcome(taken == config.steps, taken, state, stop)
 
     def _compiled(self, state: TrainState, batch: Any) -> Any:
         begin = time.perf_counter()

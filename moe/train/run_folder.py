@@ -7,12 +7,16 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import jax
+
+LOGS = "logs"
+"""Within a run's folder: what experiments.launch collects of the processes, before the run itself begins."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -24,18 +28,30 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """Where a run writes. Use as a context manager; the lock is freed at the end, and by the system if killed."""
 
-    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None, earlier: list[str] | None = None) -> None:
         self.path = path
         self._lock = lock
+        self.earlier = earlier or []
+        """Fingerprints that the run had before settings changed which `open` was told may change; in process 0."""
 
     @classmethod
-    def open(cls, path: Path | str, *, frozen: dict[str, Any], fingerprint: str, process_index: int = 0) -> "RunFolder":
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        frozen: dict[str, Any],
+        fingerprint: str,
+        process_index: int = 0,
+        may_change: Collection[str] = (),
+    ) -> "RunFolder":
         """Creates the folder, or takes an earlier start of the same run up again.
 
         Args:
             frozen: the whole configuration as nested dicts of JSON values, kept in config.json.
             fingerprint: of those settings that change the run's numbers; another one is refused.
             process_index: with several processes, only process 0 locks and writes.
+            may_change: settings by dotted path that may differ from the earlier start's, though they count in the
+                fingerprint.
 
         Raises:
             RunFolderError: a live process uses the folder, it holds another run or something else, or it cannot be
@@ -44,16 +60,15 @@ class RunFolder:
         path = Path(path)
         if process_index:
             return cls(path, None)
-        if path.is_dir() and any(path.iterdir()) and not (path / "lock").exists():
-            raise RunFolderError(f"{path}: holds files of something else than a run; give an empty --run-dir")
+        refuse_foreign(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
-            _freeze(path, frozen, fingerprint)
+            earlier = _freeze(path, frozen, fingerprint, may_change)
             _append_environment(path / "environment.json")
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written ({error.strerror}); give another --run-dir") from error
-        return cls(path, lock)
+        return cls(path, lock, earlier)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -87,6 +102,16 @@ class RunFolder:
         return self.path / "summary.json"
 
 
+def refuse_foreign(path: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the folder holds something, and it is no run.
+    """
+    foreign = path.is_dir() and any(file.name != LOGS for file in path.iterdir())
+    if foreign and not (path / "lock").exists():
+        raise RunFolderError(f"{path}: holds files of something else than a run; give an empty --run-dir")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or what stood there before, whenever the process is killed."""
     aside = path.with_name(f"{path.name}.writing")
@@ -112,26 +137,35 @@ def _locked(path: Path) -> IO[str]:
     return lock
 
 
-def _freeze(path: Path, frozen: dict[str, Any], fingerprint: str) -> None:
+def _freeze(path: Path, frozen: dict[str, Any], fingerprint: str, may_change: Collection[str]) -> list[str]:
+    """Writes down the configuration where it is the run's, and returns the other fingerprints that the run had."""
     file = path / "config.json"
+    earlier: list[str] = []
     if file.exists():
         try:
             kept = json.loads(file.read_text("utf-8"))
-            known, before = kept["fingerprint"], kept["config"]
+            known, before, earlier = kept["fingerprint"], kept["config"], kept.get("earlier", [])
         except (ValueError, KeyError, TypeError):
             raise RunFolderError(f"{file}: cannot be read; give another --run-dir, or restore the file") from None
         if known != fingerprint:
-            raise RunFolderError(
-                f"{path}: holds a run of another configuration ({_difference(before, frozen)}); "
-                "give another --run-dir, or the settings of that run"
-            )
-    write_atomically(file, json.dumps({"fingerprint": fingerprint, "config": frozen}, indent=1))
+            changed = _changed(before, frozen)
+            if not may_change or not changed.keys() <= set(may_change):
+                told = ", ".join(f"{name}: {old} there, {new} now" for name, (old, new) in changed.items())
+                on_mesh = changed and all(name.startswith("mesh.") for name in changed)
+                raise RunFolderError(
+                    f"{path}: holds a run of another configuration ({told}); give another --run-dir, or the settings "
+                    "of that run" + (", or --remesh to go on with it on this mesh" if on_mesh else "")
+                )
+            earlier = [known, *(other for other in earlier if other not in (known, fingerprint))]
+    text = {"fingerprint": fingerprint, "config": frozen, "earlier": earlier}
+    write_atomically(file, json.dumps(text, indent=1))
+    return earlier
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by dotted path: (before, now)."""
     old, new = _flat(before), _flat(now)
-    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in changed)
+    return {name: (old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ TINY = str(ROOT / "experiments/tiny.py")
         ([TINY, "--set", "optimizer.learning_rate"], "give PATH=VALUE"),
         ([TINY, "--steps", "5"], "warm up for fewer steps"),
         ([TINY, "--set", "mesh.data=16", "--set", "data.batch_size=64"], "needs 64 devices, and 8 cpu devices"),
+        ([TINY, "--processes", "2"], "without --coordinator and --process: give all of --coordinator, --processes"),
         ([TINY, "--set", "data.paths=nowhere.txt"], "nowhere.txt: no such file or folder; check data.paths"),
     ],
 )  # fmt: skip
@@ -30,6 +31,11 @@ def test_mistakes_are_sentences_and_exit_2(arguments, sentence, capsys, tmp_path
     assert sentence in told.err
     assert "Traceback" not in told.err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_changes_its_mesh_in_its_own_folder_only(capsys):
+    assert main([TINY, "--remesh"]) == 2
+    assert "--remesh without --run-dir: give the folder of the run that shall go on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_help_says_all():
     done = subprocess.run(
         [sys.executable, "-m", "experiments.run", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for word in ("--set", "--steps", "--run-dir", "--show", "exit codes", "examples"):
+    for word in ("--set", "--steps", "--run-dir", "--show", "--remesh", "exit codes", "examples"):
         assert word in done.stdout
 
 

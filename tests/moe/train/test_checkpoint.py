@@ -63,6 +63,25 @@ def test_comes_back_bit_by_bit_onto_any_mesh(store, layout):
     assert (restored.step, restored.data) == (3, {"next_index": 3})
 
 
+def test_comes_back_where_the_devices_that_wrote_it_are_missing(store, tmp_path):
+    filled(store, 3)
+    code = f"""
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from pathlib import Path
+    from moe.train.checkpoint import CheckpointStore
+    from moe.train.state import TrainState
+    params = {{"w_DF": jnp.zeros((16, 4)), "stacks": {{0: {{"scale_D": jnp.zeros(16, jnp.bfloat16)}}}}}}
+    state = TrainState(jnp.int32(0), params, {{}}, optax.adam(1e-3).init(params))
+    store = CheckpointStore(Path({str(tmp_path)!r}), fingerprint="f1", keep=2)
+    restored = store.restore_latest(jax.eval_shape(lambda: state), print).state
+    print(jax.device_count(), restored.step, float(restored.params["w_DF"].sum()))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["1", "3", str(float(sum(range(64)) + 3 * 64))], done.stderr
+
+
 def test_nothing_saved_is_nothing_restored(store):
     assert store.restore_latest(abstract(), print) is None
 
@@ -114,6 +133,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(store, tmp_path):
         other.restore_latest(abstract(), print)
     assert other.steps() == [1]
     other.close()
+
+
+def test_a_checkpoint_from_before_the_run_changed_its_mesh_is_taken(store, tmp_path):
+    filled(store, 1)
+    later = CheckpointStore(tmp_path, fingerprint="f2", keep=2, earlier=["f0", "f1"])
+    assert later.restore_latest(abstract(), print).step == 1
+    later.close()
 
 
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays(store, monkeypatch):

@@ -111,6 +111,20 @@ def test_processes_share_the_same_batches(corpus, processes):
     assert_same(joined, whole)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_see_no_row_twice_in_an_epoch(corpus, processes):
+    num_rows = (open_small(corpus).statistics.tokens - 1) // 32
+    steps = num_rows // 4
+    seen = [
+        np.concatenate([b.tokens_BT for b in take(open_small(corpus, process_index=i, process_count=processes), steps)])
+        for i in range(processes)
+    ]
+    assert len(np.unique(np.concatenate(seen), axis=0)) == steps * 4
+    # No two rows of the corpus are alike, so that counting them tells.
+    whole = np.concatenate([b.tokens_BT for b in take(open_small(corpus, batch_size=1), num_rows)])
+    assert len(np.unique(whole, axis=0)) == num_rows
+
+
 def test_validation_holds_every_held_out_token_once(corpus):
     data = open_small(corpus)
     batches = list(data.validation())

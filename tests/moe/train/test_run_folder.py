@@ -33,6 +33,33 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
     assert (tmp_path / "run/config.json").read_bytes() == before
 
 
+def test_settings_that_may_change_do_and_the_run_remembers_who_it_was(tmp_path):
+    def on_mesh(data, fingerprint, **changes):
+        frozen = {"name": "a", "mesh": {"data": data}} | changes
+        return RunFolder.open(
+            tmp_path / "run", frozen=frozen, fingerprint=fingerprint, may_change=("mesh.data",) if may_change else ()
+        )
+
+    may_change = False
+    on_mesh(1, "f1").__exit__()
+    with pytest.raises(RunFolderError, match="mesh.data: 1 there, 2 now.*, or --remesh to go on with it on this mesh"):
+        on_mesh(2, "f2")
+    may_change = True
+    with pytest.raises(RunFolderError, match="mesh.data: 1 there, 2 now, name: a there, b now.; give another"):
+        on_mesh(2, "f2", name="b")
+    for data, fingerprint, earlier in [(2, "f2", ["f1"]), (4, "f3", ["f2", "f1"]), (1, "f1", ["f3", "f2"])]:
+        with on_mesh(data, fingerprint) as folder:
+            assert folder.earlier == earlier
+    may_change = False
+    with on_mesh(1, "f1") as folder:
+        assert folder.earlier == ["f3", "f2"]
+
+
+def test_logs_of_the_launcher_make_no_foreign_folder(tmp_path):
+    (tmp_path / "run/logs").mkdir(parents=True)
+    opened(tmp_path / "run").__exit__()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(RunFolderError, match="holds files of something else than a run"):
