@@ -18,7 +18,7 @@ from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.tokenizer import SPECIAL
-from parallel.layout import BATCH_AXES, EXPERT_AXIS, FSDP_AXES, SINGLE_DEVICE, Layout
+from parallel.layout import BATCH_AXES, FSDP_AXES, SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 
 WITHOUT_EFFECT = (
@@ -30,6 +30,10 @@ WITHOUT_EFFECT = (
     "training.peak_tflops",
 )
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
+
+ADDED = {"mesh.tensor": "1", "layout.experts": "expert", "layout.zero": "3"}
+"""Settings that runs of before did not have, with the values that these ran with: so set they leave fingerprints as
+they were."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: Precision = field(default_factory=Precision)
     execution: Execution = field(default_factory=Execution)
     init_from: str | None = None
@@ -82,17 +87,39 @@ class Experiment:
             )
 
     def _check_sharding(self) -> None:
-        experts, over = self.model.num_experts, self._devices(EXPERT_AXIS)
-        if self.model.has_moe and experts % over:
+        experts, axes = self.model.num_experts, self.layout.experts
+        if self.model.has_moe and experts % self._devices(*axes):
             raise ConfigError(
-                f"model.num_experts={experts} does not divide over {self._over(EXPERT_AXIS)}: use {divisors(experts)}"
+                f"model.num_experts={experts} does not divide over {self._over(*axes)}: use {divisors(experts)}"
             )
+        sizes, tensor = self._split_by_tensor(), self.mesh.tensor
+        for path, size in sizes.items():
+            if size % tensor:
+                raise ConfigError(
+                    f"{path}={size} does not divide over mesh.tensor={tensor}: make it a multiple of {tensor}; or use "
+                    f"a mesh.tensor of {divisors(math.gcd(*sizes.values()))}, which all that it splits divide over"
+                )
         width, over = self.model.d_model, self._devices(*FSDP_AXES)
         if width % over:
             raise ConfigError(
                 f"model.d_model={width} does not divide over {self._over(*FSDP_AXES)}, which share out the parameters: "
                 f"make d_model a multiple of {over}, or move devices from mesh.data to mesh.replica"
             )
+
+    def _split_by_tensor(self) -> dict[str, int]:
+        """What the tensor axis splits, by the path of the setting. Key-value heads are never copied."""
+        model = self.model
+        sizes = {
+            "model.num_heads": model.num_heads,
+            "model.num_kv_heads": model.num_kv_heads,
+            "model.vocab_size": model.vocab_size,
+            "data.sequence_length": self.data.sequence_length,
+        }
+        if model.has_moe and (self.layout.splits_width or model.num_shared_experts):
+            sizes["model.d_expert"] = model.d_expert
+        if model.has_dense:
+            sizes["model.d_dense"] = model.d_dense
+        return sizes
 
     def _devices(self, *axes: str) -> int:
         return math.prod(self.mesh.sizes[axis] for axis in axes)
@@ -114,7 +141,11 @@ class Experiment:
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for the same numbers: all settings count but those `WITHOUT_EFFECT`."""
-        counted = {path: setting.text for path, setting in settings(self).items() if path not in WITHOUT_EFFECT}
+        counted = {
+            path: setting.text
+            for path, setting in settings(self).items()
+            if path not in WITHOUT_EFFECT and ADDED.get(path) != setting.text
+        }
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def blueprint(self, mesh: Mesh | None = None) -> Blueprint:
@@ -126,7 +157,7 @@ class Experiment:
         """
         if mesh is None and self.mesh.num_devices > 1:
             mesh = make_mesh(self.mesh)
-        layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
+        layout = SINGLE_DEVICE if mesh is None else Layout(mesh, self.layout)
         return make_blueprint(
             self.model, self.precision, self.execution, self.optimizer, layout, steps=self.training.steps
         )

@@ -13,16 +13,21 @@ class MeshError(ValueError):
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; an axis of 1 is off. The order is outermost first: `expert` varies fastest.
+    """Devices along each axis; an axis of 1 is off. The order is outermost first: `tensor` varies fastest.
 
     replica: copies of the parameters; each takes its share of the batch.
     data: shares of the batch over which parameters, gradients and optimizer states are sharded (FSDP, ZeRO-3).
     expert: devices that share out the experts; they take their share of the batch as well.
+    tensor: devices that share out heads, hidden widths and the vocabulary of one part of the batch, and between these
+        products its sequence.
+
+    LayoutConfig (parallel/layout.py) says how else the axes are used.
     """
 
     replica: int = 1
     data: int = 1
     expert: int = 1
+    tensor: int = 1
 
     def __post_init__(self) -> None:
         for axis in fields(self):
@@ -71,7 +76,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     _request_virtual_devices(config.num_devices)
     devices = jax.devices()
     if len(devices) < config.num_devices:
-        asked = " x ".join(f"{name}={size}" for name, size in config.sizes.items())
+        asked = " x ".join(f"{name}={size}" for name, size in config.sizes.items() if size > 1)
         raise MeshError(
             f"the mesh {asked} needs {config.num_devices} devices, and {len(devices)} {devices[0].platform} "
             f"{'device is' if len(devices) == 1 else 'devices are'} present: lower one of the axes"

@@ -103,11 +103,11 @@ class Attention(nnx.Module):
             backend=self.backend,
         )
         w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), kv
+        return layout.constrain(jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), "BTD"), kv
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:
         w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH)
+        q_BTNH = layout.constrain(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
         q_BTNH = apply_rope(q_BTNH, sight.rope)
@@ -119,10 +119,12 @@ class Attention(nnx.Module):
     def _project_kv(self, x_BSD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
         w_k_DMH = layout.gather(self.w_k_DMH[...].astype(self.dtype), "DMH")
         w_v_DMH = layout.gather(self.w_v_DMH[...].astype(self.dtype), "DMH")
-        k_BSMH = jnp.einsum("BSD,DMH->BSMH", x_BSD, w_k_DMH)
+        k_BSMH, v_BSMH = (
+            layout.constrain(jnp.einsum("BSD,DMH->BSMH", x_BSD, w_DMH), "BSMH") for w_DMH in (w_k_DMH, w_v_DMH)
+        )
         if self.qk_norm == "before_rope":
             k_BSMH = rms_norm(k_BSMH, self.k_norm_H[...].astype(self.dtype), self.eps)
         k_BSMH = apply_rope(k_BSMH, sight.rope)
         if self.qk_norm == "after_rope":
             k_BSMH = rms_norm(k_BSMH, None, self.eps)
-        return SharedKeyValue(k_BSMH, jnp.einsum("BSD,DMH->BSMH", x_BSD, w_v_DMH))
+        return SharedKeyValue(k_BSMH, v_BSMH)

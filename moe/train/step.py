@@ -83,7 +83,8 @@ def make_train_step(
         def one(number: jax.Array, part: Batch):
             take = jax.grad(objective, has_aux=True)
             grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
-            return jax.tree.map(lambda g: g.astype(accumulated), grads), told
+            grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
+            return blueprint.by_axes(layout.constrain_gradient, grads), told
 
         if microbatches == 1:
             return one(jnp.zeros((), jnp.int32), batch)
@@ -102,8 +103,9 @@ def make_train_step(
         key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
         grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         with jax.named_scope("optimizer"):
-            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
+            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, params)
+            params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),
             aux_loss=jnp.zeros(()) if stats is None else stats.aux_loss.mean(),
