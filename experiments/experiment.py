@@ -31,7 +31,7 @@ WITHOUT_EFFECT = (
 )
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
 
-ADDED = {"mesh.tensor": "1", "layout.experts": "expert", "layout.zero": "3"}
+ADDED = {"mesh.tensor": "1", "layout.experts": "expert", "layout.zero": "3", "layout.optimizer_states": "device"}
 """Settings that runs of before did not have, with the values that these ran with: so set they leave fingerprints as
 they were."""
 
@@ -149,13 +149,14 @@ class Experiment:
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def blueprint(self, mesh: Mesh | None = None) -> Blueprint:
-        """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh.
+        """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh
+        unless its host's memory is used.
 
         Raises:
             MeshError: there are fewer devices than `self.mesh` asks for.
             LayoutError: a parameter does not divide over the mesh.
         """
-        if mesh is None and self.mesh.num_devices > 1:
+        if mesh is None and (self.mesh.num_devices > 1 or self.layout.optimizer_states == "host"):
             mesh = make_mesh(self.mesh)
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh, self.layout)
         return make_blueprint(

@@ -29,6 +29,9 @@ TENSOR_AXIS = "tensor"
 TENSOR_LETTERS = "NMFV"
 """Axes of a product that `tensor` splits. Key-value heads M are never copied: `tensor` is at most their number."""
 
+HOST_MEMORY = "pinned_host"
+"""JAX's name for the memory of a device's host that the device copies from and to by itself."""
+
 
 class LayoutError(ValueError):
     """An array that does not divide over the mesh: names the axis, the sizes, and what would work."""
@@ -42,10 +45,12 @@ class LayoutConfig:
         an expert is whole on one device; otherwise its width is split over `tensor`.
     zero: what `data` and `expert` share out of the parameters that they hold in common (ZeRO, arXiv 1910.02054):
         1 the optimizer's states, 2 the gradients as well, 3 the parameters as well (FSDP). `replica` holds copies.
+    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts'.
     """
 
     experts: tuple[str, ...] = ("expert",)
     zero: Literal[1, 2, 3] = 3
+    optimizer_states: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         known = tuple(MeshConfig().sizes)
@@ -75,6 +80,17 @@ class Layout:
     mesh: Mesh | None = None
     config: LayoutConfig = LayoutConfig()
     splits_sequence: bool = True
+
+    def __post_init__(self) -> None:
+        # A mesh without devices is there to be compiled for.
+        if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
+            device = self.mesh.devices.flat[0]
+            memories = [memory.kind for memory in device.addressable_memories()]
+            if HOST_MEMORY not in memories:
+                raise LayoutError(
+                    f"layout.optimizer_states='host': {device.platform} devices here have {', '.join(memories)}, "
+                    f"no {HOST_MEMORY} memory; set 'device'"
+                )
 
     @property
     def expert_axes(self) -> tuple[str, ...]:
@@ -129,7 +145,10 @@ class Layout:
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
-        return self._checked(axes, shape, self.sharded_spec(axes))
+        sharding = self._checked(axes, shape, self.sharded_spec(axes))
+        if sharding is None or self.config.optimizer_states == "device":
+            return sharding
+        return sharding.with_memory_kind(HOST_MEMORY)
 
     def activation(self, axes: str) -> NamedSharding | None:
         return NamedSharding(self.mesh, self.activation_spec(axes)) if self.mesh else None

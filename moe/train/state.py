@@ -85,6 +85,12 @@ class Blueprint:
         )
         return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state)
 
+    def fetched(self, opt_state: optax.OptState) -> optax.OptState:
+        """Inside `jax.jit`: the optimizer's states on the devices, wherever they waited."""
+        if self.layout.config.optimizer_states == "device":
+            return opt_state
+        return jax.device_put(opt_state, jax.memory.Space.Device)
+
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))

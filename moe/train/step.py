@@ -104,7 +104,7 @@ def make_train_step(
         grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         with jax.named_scope("optimizer"):
             grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
-            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, params)
+            updates, opt_state = blueprint.optimizer.update(grads, blueprint.fetched(state.opt_state), params)
             params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),

@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "experts over data": ("data", {"experts": ("data",)}),
     "tensor": ("tensor", {}),
     "experts over tensor": ("tensor", {"experts": ("tensor",)}),
+    "states on host": ("data", {"optimizer_states": "host"}),
 }
 """Ways to use eight devices: the mesh axis, and the layout."""
 TRIPLES = [
