@@ -18,7 +18,15 @@ from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.tokenizer import SPECIAL
-from parallel.layout import BATCH_AXES, FSDP_AXES, SINGLE_DEVICE, Layout, LayoutConfig
+from parallel.layout import (
+    BATCH_AXES,
+    FSDP_AXES,
+    SEQUENCE_AXIS,
+    SINGLE_DEVICE,
+    TENSOR_AXIS,
+    Layout,
+    LayoutConfig,
+)
 from parallel.mesh import MeshConfig, make_mesh
 
 WITHOUT_EFFECT = (
@@ -31,7 +39,14 @@ WITHOUT_EFFECT = (
 )
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
 
-ADDED = {"mesh.tensor": "1", "layout.experts": "expert", "layout.zero": "3", "layout.optimizer_states": "device"}
+ADDED = {
+    "mesh.sequence": "1",
+    "mesh.tensor": "1",
+    "layout.experts": "expert",
+    "layout.zero": "3",
+    "layout.sequence": "heads",
+    "layout.optimizer_states": "device",
+}
 """Settings that runs of before did not have, with the values that these ran with: so set they leave fingerprints as
 they were."""
 
@@ -92,13 +107,19 @@ class Experiment:
             raise ConfigError(
                 f"model.num_experts={experts} does not divide over {self._over(*axes)}: use {divisors(experts)}"
             )
-        sizes, tensor = self._split_by_tensor(), self.mesh.tensor
-        for path, size in sizes.items():
-            if size % tensor:
+        for path, (size, axes) in self._split_sizes().items():
+            parts = self._devices(*axes)
+            if size % parts:
                 raise ConfigError(
-                    f"{path}={size} does not divide over mesh.tensor={tensor}: make it a multiple of {tensor}; or use "
-                    f"a mesh.tensor of {divisors(math.gcd(*sizes.values()))}, which all that it splits divide over"
+                    f"{path}={size} does not divide over {self._over(*axes)}: make it a multiple of {parts}, or "
+                    f"share it out over {divisors(math.gcd(size, parts))} devices"
                 )
+        length, chunks = self.data.sequence_length, 2 * self.mesh.sequence
+        if self.layout.sequence == "ring" and self.mesh.sequence > 1 and length % chunks:
+            raise ConfigError(
+                f"data.sequence_length={length} with layout.sequence='ring' over mesh.sequence={self.mesh.sequence}: "
+                f"each device takes two chunks, make it a multiple of {chunks}, or set layout.sequence='heads'"
+            )
         width, over = self.model.d_model, self._devices(*FSDP_AXES)
         if width % over:
             raise ConfigError(
@@ -106,19 +127,20 @@ class Experiment:
                 f"make d_model a multiple of {over}, or move devices from mesh.data to mesh.replica"
             )
 
-    def _split_by_tensor(self) -> dict[str, int]:
-        """What the tensor axis splits, by the path of the setting. Key-value heads are never copied."""
-        model = self.model
-        sizes = {
-            "model.num_heads": model.num_heads,
-            "model.num_kv_heads": model.num_kv_heads,
-            "model.vocab_size": model.vocab_size,
-            "data.sequence_length": self.data.sequence_length,
+    def _split_sizes(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        """What the tensor and sequence axes split, by the path of the setting, and over which axes. Key-value heads
+        are never copied."""
+        model, both = self.model, (SEQUENCE_AXIS, TENSOR_AXIS)
+        tensor, heads = both[1:], both if self.layout.sequence == "heads" else both[1:]
+        sizes: dict[str, tuple[int, tuple[str, ...]]] = {
+            "model.num_kv_heads": (model.num_kv_heads, heads),
+            "model.vocab_size": (model.vocab_size, tensor),
+            "data.sequence_length": (self.data.sequence_length, both),
         }
         if model.has_moe and (self.layout.splits_width or model.num_shared_experts):
-            sizes["model.d_expert"] = model.d_expert
+            sizes["model.d_expert"] = (model.d_expert, tensor)
         if model.has_dense:
-            sizes["model.d_dense"] = model.d_dense
+            sizes["model.d_dense"] = (model.d_dense, tensor)
         return sizes
 
     def _devices(self, *axes: str) -> int:

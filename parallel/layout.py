@@ -4,13 +4,15 @@ Axes are the letters of the alphabet in WORKSPACE.md. What is split over which m
 
 | array | split |
 |---|---|
-| tokens_BT, logits_BTE | batch B over replica x data x expert |
-| residual stream x_BTD | B as above, and its sequence T over tensor (arXiv 2205.05198) |
-| q_BTNH, k_BSMH, h_BTF, logits_BTV | B as above; heads N and M, width F, vocabulary V over tensor (arXiv 1909.08053) |
-| w_DNH, w_DF, w_VD, … | N, M, F, V over tensor; for storage, width D over data x expert (FSDP), gathered for use |
+| tokens_BT | batch B over replica x data x expert, positions T over sequence |
+| x_BTD, logits_BTE, weights_BTK | the same, but T over sequence x tensor (arXiv 2205.05198) |
+| q_BTNH, h_BTF, logits_BTV | as tokens; heads N and M, width F, vocabulary V over tensor (arXiv 1909.08053) |
+| q_BSNH, k_BSMH, logits_BSE | whole sequences S; N and M over tensor, and where heads are exchanged over sequence too |
+| w_DNH, w_DF, w_VD, … | N, M, F, V over tensor; for storage, D over data x expert x sequence (FSDP), gathered for use |
 | experts w_EDF | E over `experts`; F over tensor where `experts` leaves it; for storage, D over the FSDP axes left |
 
-So attention and experts use the same devices differently: for attention `expert` is one more FSDP axis.
+So attention and experts use the same devices differently: for attention `expert` is one more FSDP axis. Key-value heads
+are never copied: there must be as many as devices that share them out.
 """
 
 import math
@@ -24,10 +26,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
-FSDP_AXES = ("data", "expert")
+FSDP_AXES = ("data", "expert", "sequence")
+SEQUENCE_AXIS = "sequence"
 TENSOR_AXIS = "tensor"
 TENSOR_LETTERS = "NMFV"
-"""Axes of a product that `tensor` splits. Key-value heads M are never copied: `tensor` is at most their number."""
+"""Axes of a product that `tensor` splits."""
 
 HOST_MEMORY = "pinned_host"
 """JAX's name for the memory of a device's host that the device copies from and to by itself."""
@@ -43,13 +46,18 @@ class LayoutConfig:
 
     experts: mesh axes over whose product the routed experts are shared out, outermost first. With "tensor" among them
         an expert is whole on one device; otherwise its width is split over `tensor`.
-    zero: what `data` and `expert` share out of the parameters that they hold in common (ZeRO, arXiv 1910.02054):
-        1 the optimizer's states, 2 the gradients as well, 3 the parameters as well (FSDP). `replica` holds copies.
+    zero: what `data`, `expert` and `sequence` share out of the parameters that they hold in common (ZeRO, arXiv
+        1910.02054): 1 the optimizer's states, 2 the gradients as well, 3 the parameters as well (FSDP). `replica` holds
+        copies.
+    sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
+        sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
+        heads need not divide (moe/ops/attention/ring.py).
     optimizer_states: where these wait between steps: in the devices' memory, or in their hosts'.
     """
 
     experts: tuple[str, ...] = ("expert",)
     zero: Literal[1, 2, 3] = 3
+    sequence: Literal["heads", "ring"] = "heads"
     optimizer_states: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
@@ -73,13 +81,12 @@ class LayoutConfig:
 class Layout:
     """Where arrays live on `mesh`; without a mesh everything is on one device and each method is the identity.
 
-    An axis that the mesh lacks counts as 1. splits_sequence: whether `tensor` splits the residual stream; see
-    `for_length`.
+    An axis that the mesh lacks counts as 1. splits: the mesh axes that split sequences; see `for_length`.
     """
 
     mesh: Mesh | None = None
     config: LayoutConfig = LayoutConfig()
-    splits_sequence: bool = True
+    splits: tuple[str, ...] = (SEQUENCE_AXIS, TENSOR_AXIS)
 
     def __post_init__(self) -> None:
         # A mesh without devices is there to be compiled for.
@@ -103,21 +110,29 @@ class Layout:
         return self._size(self.config.experts)
 
     @property
+    def rings(self) -> bool:
+        """Whether attention goes round the devices of `sequence`."""
+        return self.config.sequence == "ring" and SEQUENCE_AXIS in self.splits and self._size([SEQUENCE_AXIS]) > 1
+
+    @property
     def batch_shards(self) -> int:
         """Parts into which the batch is split."""
         return self._size(BATCH_AXES)
 
     def for_length(self, length: int) -> "Layout":
-        """For sequences of `length`: those that do not divide over `tensor`, such as a decoding step's one token, stay
-        whole on each of its devices, which then repeat the work between the products."""
-        return replace(self, splits_sequence=length % self._size([TENSOR_AXIS]) == 0)
+        """For sequences of `length`: those that do not divide over sequence x tensor, such as a decoding step's one
+        token, stay whole on each device of these axes, which then repeat the work between the products."""
+        whole = (SEQUENCE_AXIS, TENSOR_AXIS)
+        return replace(self, splits=next((axes for axes in (whole, whole[:1]) if length % self._size(axes) == 0), ()))
 
     def activation_spec(self, axes: str) -> PartitionSpec:
-        """By the table above; T is split where D says that this is the residual stream."""
+        """By the table above."""
         splits = dict.fromkeys(TENSOR_LETTERS, self._tensor) | dict.fromkeys("BA", self._present(BATCH_AXES))
-        if "D" in axes and self.splits_sequence:
-            splits["T"] = self._tensor
-        return PartitionSpec(*(splits.get(letter) for letter in axes))
+        between_products = not set("DEK").isdisjoint(axes)
+        splits["T"] = self._present(self.splits if between_products else self.splits[:1])
+        if "S" in axes and self.config.sequence == "heads":
+            splits |= dict.fromkeys("NM", self._present([TENSOR_AXIS, SEQUENCE_AXIS]))
+        return PartitionSpec(*(splits.get(letter) or None for letter in axes))
 
     def used_spec(self, axes: str) -> PartitionSpec:
         """A weight in use: gathered over the FSDP axes, except that experts stay where they live."""
@@ -178,16 +193,16 @@ class Layout:
         return self._constrain(weight, self.sharded_spec(axes))
 
     def sum_over_batch(self, x: jax.Array) -> jax.Array:
-        """Inside `jax.shard_map`: the sum over all parts of the batch, on every device."""
-        return jax.lax.psum(x, self._present(BATCH_AXES)) if self.mesh else x
+        """Inside `jax.shard_map`: the sum over all parts of the batch and its sequences, on every device."""
+        return jax.lax.psum(x, self._token_axes) if self.mesh else x
 
     def sum_to_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
-        """Inside `jax.shard_map`: a weight's gradient summed over all parts of the batch, each device keeping the part
-        that `gradient_spec` gives it. For weights that are used whole."""
+        """Inside `jax.shard_map`: a weight's gradient summed as by `sum_over_batch`, each device keeping the part that
+        `gradient_spec` gives it. For weights that are used whole."""
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
         fsdp = self._present(FSDP_AXES)
-        if copies := tuple(axis for axis in self._present(BATCH_AXES) if axis not in fsdp):
+        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
             gradient = jax.lax.psum(gradient, copies)
         return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
 
@@ -204,19 +219,30 @@ class Layout:
         return size * jax.lax.axis_index(self._tensor) if self._tensor else 0
 
     def gather_sequence(self, x_BTD: jax.Array) -> jax.Array:
-        """Inside `jax.shard_map`: whole sequences from the residual stream's parts."""
-        splits = self._tensor and self.splits_sequence
-        return jax.lax.all_gather(x_BTD, self._tensor, axis=1, tiled=True) if splits else x_BTD
+        """Inside `jax.shard_map`: the residual stream of all devices of `tensor`."""
+        if not (self._tensor and TENSOR_AXIS in self.splits):
+            return x_BTD
+        return jax.lax.all_gather(x_BTD, self._tensor, axis=1, tiled=True)
 
     def sum_to_sequence(self, x_BTD: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, each device keeping its part of the residual stream."""
-        if not (self._tensor and self.splits_sequence):
+        if not (self._tensor and TENSOR_AXIS in self.splits):
             return self.sum_over_tensor(x_BTD)
         return jax.lax.psum_scatter(x_BTD, self._tensor, scatter_dimension=1, tiled=True)
 
-    def sequence_length(self, length: int) -> int:
-        """Of one device's part of the residual stream."""
-        return length // self._size([TENSOR_AXIS]) if self.splits_sequence else length
+    def tokens_length(self, length: int, *, gathered: bool) -> int:
+        """Of one device's part of sequences of `length`, after `gather_sequence` or before."""
+        return length // self._size(self.splits[:1] if gathered else self.splits)
+
+    @property
+    def _token_axes(self) -> tuple[str, ...]:
+        """Axes whose devices have tokens of their own."""
+        if SEQUENCE_AXIS not in self.splits:
+            parts = self._size([SEQUENCE_AXIS])
+            raise LayoutError(
+                f"sequences do not divide over {SEQUENCE_AXIS}={parts}: pad them to a multiple of {parts}"
+            )
+        return self._present([*BATCH_AXES, SEQUENCE_AXIS])
 
     @property
     def _tensor(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ class MeshConfig:
     replica: copies of the parameters; each takes its share of the batch.
     data: shares of the batch over which parameters, gradients and optimizer states are sharded (FSDP, ZeRO-3).
     expert: devices that share out the experts; they take their share of the batch as well.
+    sequence: devices that share out the sequences of one part of the batch (context parallelism).
     tensor: devices that share out heads, hidden widths and the vocabulary of one part of the batch, and between these
         products its sequence.
 
@@ -27,6 +28,7 @@ class MeshConfig:
     replica: int = 1
     data: int = 1
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:

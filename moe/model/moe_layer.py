@@ -13,7 +13,7 @@ from moe.model.experts import Experts, ExpertWeights, apply_experts
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
-from moe.model.router import Router, capacity, limit_capacity, measure_balance
+from moe.model.router import Router, Routing, capacity, limit_capacity, measure_balance
 from parallel.exchange import backend
 from parallel.layout import Layout
 
@@ -69,7 +69,9 @@ class MoELayer(nnx.Module):
             slots = capacity(config, self.config.num_experts, x_BTD.shape[1])
             if slots is not None:
                 drawn = None if key is None else layer_key(key, layer, Purpose.RECYCLE)
-                experts_BTK, weights_BTK, dropped, recycled = limit_capacity(routing, config, slots, drawn)
+                # Capacity is counted along whole sequences.
+                whole = Routing(*(layout.constrain(x, "BSE") for x in routing))
+                experts_BTK, weights_BTK, dropped, recycled = limit_capacity(whole, config, slots, drawn)
 
         routed_BTD, wire_bytes = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
         if self.config.num_shared_experts:
@@ -91,9 +93,10 @@ class MoELayer(nnx.Module):
     ) -> tuple[jax.Array, int]:
         """Σ_k weight_k · expert_k(x) and the bytes on the wire, on each device for its own part of the batch."""
         B, T, D = x_BTD.shape
-        # `tensor` splits the experts' width, which each needs whole sequences for, or else it shares out the experts.
+        # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
+        # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
-        local_batch, length = B // layout.batch_shards, T if splits_width else layout.sequence_length(T)
+        local_batch, length = B // layout.batch_shards, layout.tokens_length(T, gathered=splits_width)
         limit = local_batch * (length if slots is None else min(slots, length))
         exchange = backend(self.execution.exchange)
         exchanges = layout.expert_parallelism > 1
@@ -121,12 +124,12 @@ class MoELayer(nnx.Module):
         weights = self.experts.weights(layout)
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights), 0
-        batch = layout.activation_spec("BTD")
+        tokens = layout.activation_spec("BTD")
         routed = jax.shard_map(
             on_each_device,
             mesh=layout.mesh,
-            in_specs=(batch, batch, batch, self.experts.specs(layout)),
-            out_specs=batch,
+            in_specs=(tokens, tokens, tokens, self.experts.specs(layout)),
+            out_specs=tokens,
             # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
             check_vma=False,
         )

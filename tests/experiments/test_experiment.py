@@ -25,10 +25,11 @@ TINY = load_experiment(Path(__file__).parent.parent.parent / "experiments/tiny.p
         ),
         (
             {"mesh.tensor": 4},
-            "model.num_kv_heads=2 does not divide over mesh.tensor=4: make it a multiple of 4; or use a mesh.tensor of "
-            "1 or 2, which all that it splits divide over",
+            "model.num_kv_heads=2 does not divide over mesh.sequence=1 x mesh.tensor=4: make it a multiple of 4, or "
+            "share it out over 1 or 2 devices",
         ),
-        ({"mesh.tensor": 2, "data.sequence_length": 129}, "data.sequence_length=129 does not divide over mesh"),
+        ({"mesh.sequence": 4, "layout.sequence": "ring", "data.sequence_length": 132}, "make it a multiple of 8, or"),
+        ({"mesh.tensor": 2, "data.sequence_length": 129}, "data.sequence_length=129 does not divide over mesh.seq"),
         ({"mesh.tensor": 2, "model.d_expert": 65}, "model.d_expert=65 does not divide over mesh.tensor=2: make it"),
         ({"layout.zero": 0}, "layout.zero=0: give one of 1, 2, 3"),
         ({"optimizer.warmup_steps": 500}, "optimizer.warmup_steps=500 with training.steps=120: warm up for fewer"),

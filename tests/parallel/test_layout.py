@@ -10,6 +10,7 @@ from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig, make_mesh
 
 BATCH = ("replica", "data", "expert")
+FSDP = ("data", "expert", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def with_config(layout: Layout, **settings) -> Layout:
 @pytest.mark.parametrize(
     ("axes", "spec"),
     [
-        ("VD", P(("tensor",), ("data", "expert"))),
-        ("LDNH", P(None, ("data", "expert"), ("tensor",), None)),
-        ("NHD", P(("tensor",), None, ("data", "expert"))),
-        ("EDF", P(("expert",), ("data",), ("tensor",))),
-        ("LEFD", P(None, ("expert",), ("tensor",), ("data",))),
-        ("DE", P(("data", "expert"), None)),
+        ("VD", P(("tensor",), FSDP)),
+        ("LDNH", P(None, FSDP, ("tensor",), None)),
+        ("NHD", P(("tensor",), None, FSDP)),
+        ("EDF", P(("expert",), ("data", "sequence"), ("tensor",))),
+        ("LEFD", P(None, ("expert",), ("tensor",), ("data", "sequence"))),
+        ("DE", P(FSDP, None)),
         ("D", P()),
         ("LH", P()),
     ],
@@ -41,10 +42,10 @@ def test_weights_at_rest(layout, axes, spec):
 @pytest.mark.parametrize(
     ("experts", "spec"),
     [
-        (("data",), P(("data",), ("expert",), ("tensor",))),
-        (("data", "expert"), P(("data", "expert"), None, ("tensor",))),
-        (("expert", "tensor"), P(("expert", "tensor"), ("data",), None)),
-        ((), P(None, ("data", "expert"), ("tensor",))),
+        (("data",), P(("data",), ("expert", "sequence"), ("tensor",))),
+        (("data", "expert"), P(("data", "expert"), ("sequence",), ("tensor",))),
+        (("expert", "tensor"), P(("expert", "tensor"), ("data", "sequence"), None)),
+        ((), P(None, FSDP, ("tensor",))),
     ],
 )
 def test_experts_over_any_axes_and_what_these_leave(layout, experts, spec):
@@ -56,7 +57,7 @@ def test_experts_over_any_axes_and_what_these_leave(layout, experts, spec):
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_each_stage_of_zero_shares_out_one_thing_more(layout, zero):
     layout = with_config(layout, zero=zero)
-    fine, whole = P(None, ("data", "expert"), ("tensor",), None), P(None, None, ("tensor",), None)
+    fine, whole = P(None, FSDP, ("tensor",), None), P(None, None, ("tensor",), None)
     assert layout.sharded_spec("LDNH") == fine
     assert layout.gradient_spec("LDNH") == (fine if zero >= 2 else whole)
     assert layout.stored_spec("LDNH") == (fine if zero == 3 else whole)
@@ -66,22 +67,31 @@ def test_each_stage_of_zero_shares_out_one_thing_more(layout, zero):
 @pytest.mark.parametrize(
     ("axes", "spec"),
     [
-        ("BTD", P(BATCH, ("tensor",), None)),
-        ("LBTD", P(None, BATCH, ("tensor",), None)),
-        ("BT", P(BATCH, None)),
-        ("BTE", P(BATCH, None, None)),
-        ("BTNH", P(BATCH, None, ("tensor",), None)),
-        ("BGSMH", P(BATCH, None, None, ("tensor",), None)),
+        ("BTD", P(BATCH, ("sequence", "tensor"), None)),
+        ("LBTD", P(None, BATCH, ("sequence", "tensor"), None)),
+        ("BTE", P(BATCH, ("sequence", "tensor"), None)),
+        ("BSE", P(BATCH, None, None)),
+        ("BT", P(BATCH, ("sequence",))),
+        ("BTNH", P(BATCH, ("sequence",), ("tensor",), None)),
+        ("BSNH", P(BATCH, None, ("tensor", "sequence"), None)),
+        ("BGSMH", P(BATCH, None, None, ("tensor", "sequence"), None)),
     ],
 )
 def test_activations(layout, axes, spec):
     assert layout.activation_spec(axes) == spec
 
 
-def test_a_sequence_that_does_not_divide_stays_whole(layout):
-    assert layout.for_length(6) == layout
+def test_a_ring_leaves_the_heads_together(layout):
+    assert with_config(layout, sequence="ring").activation_spec("BSNH") == P(BATCH, None, ("tensor",), None)
+
+
+def test_a_sequence_that_does_not_divide_stays_whole():
+    layout = Layout(make_mesh(MeshConfig(sequence=2, tensor=2)))
+    assert layout.for_length(8) == layout
+    assert layout.for_length(6).activation_spec("BTD") == P(BATCH, ("sequence",), None)
     assert layout.for_length(1).activation_spec("BTD") == P(BATCH, None, None)
-    assert (layout.for_length(6).sequence_length(6), layout.for_length(5).sequence_length(5)) == (3, 5)
+    lengths = [(8, True), (8, False), (6, False), (1, False)]
+    assert [layout.for_length(n).tokens_length(n, gathered=gathered) for n, gathered in lengths] == [4, 2, 3, 1]
 
 
 def test_experts_stay_where_they_live_when_used(layout):
@@ -92,7 +102,7 @@ def test_experts_stay_where_they_live_when_used(layout):
 @pytest.mark.parametrize(
     ("axes", "shape", "sentence"),
     [
-        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 = 4: make it a mul"),
+        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=1 = 4: "),
         ("DMH", (8, 3, 2), "axis M of w_DMH has size 3, which does not divide over tensor=2 = 2: make it a multiple of "
          "2, or use a mesh of 1 along these axes"),
     ],
@@ -104,7 +114,7 @@ def test_a_size_that_does_not_divide_names_axis_size_and_remedy(layout, axes, sh
 
 @pytest.mark.parametrize("experts", [("dat",), ("data", "data")])
 def test_experts_over_axes_that_are_none(experts):
-    with pytest.raises(LayoutError, match="give each once, of replica, data, expert, tensor"):
+    with pytest.raises(LayoutError, match="give each once, of replica, data, expert, sequence, tensor"):
         LayoutConfig(experts=experts)
 
 

@@ -39,6 +39,8 @@ KINDS: dict[str, tuple[str, dict]] = {
     "experts": ("expert", {"experts": ("expert",)}),
     "experts over data": ("data", {"experts": ("data",)}),
     "tensor": ("tensor", {}),
+    "heads": ("sequence", {"sequence": "heads"}),
+    "ring": ("sequence", {"sequence": "ring"}),
     "experts over tensor": ("tensor", {"experts": ("tensor",)}),
     "states on host": ("data", {"optimizer_states": "host"}),
 }
