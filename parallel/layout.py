@@ -89,11 +89,11 @@ class Layout:
     splits: tuple[str, ...] = (SEQUENCE_AXIS, TENSOR_AXIS)
 
     def __post_init__(self) -> None:
-        # A mesh without devices is there to be compiled for.
+        # A mesh without devices, and devices that are only described, are there to be compiled for.
         if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
             device = self.mesh.devices.flat[0]
             memories = [memory.kind for memory in device.addressable_memories()]
-            if HOST_MEMORY not in memories:
+            if memories and HOST_MEMORY not in memories:
                 raise LayoutError(
                     f"layout.optimizer_states='host': {device.platform} devices here have {', '.join(memories)}, "
                     f"no {HOST_MEMORY} memory; set 'device'"

@@ -96,16 +96,19 @@ class Attention(nnx.Module):
         if layout.rings and kv.cache is None:
             y_BTNH = self._round_the_ring(q_BTNH, kv, sight, layout)
         else:
-            y_BTNH = self._over_whole_sequences(layout.constrain(q_BTNH, "BSNH"), kv, sight)
+            y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
         y_BTNH = layout.constrain(y_BTNH, "BTNH")
         w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
         return layout.constrain(jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), "BTD"), kv
 
-    def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight) -> jax.Array:
+    def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
         # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
         slots_BT, segments_BT = (None, sight.segments_BT) if kv.cache is None else (sight.positions_BT, None)
+        if segments_BT is not None:
+            # Whole before the mask is made of them: that is larger.
+            segments_BT = layout.constrain(segments_BT, "BS")
         return attention(
-            q_BTNH,
+            layout.constrain(q_BTNH, "BSNH"),
             kv.k_BSMH,
             kv.v_BSMH,
             query_positions_BT=slots_BT,

@@ -84,22 +84,24 @@ def batch_of() -> Batch:
     )
 
 
-def blueprint_of(layout: Layout, precision: Precision) -> Blueprint:
+def blueprint_of(layout: Layout, precision: Precision, layers: int) -> Blueprint:
     """Of a run whose optimizer's state begins with the last gradients."""
-    blueprint = make_blueprint(MODEL, precision, Execution(), OPTIMIZER, layout, steps=200)
+    model = dataclasses.replace(MODEL, num_layers=layers)
+    blueprint = make_blueprint(model, precision, Execution(), OPTIMIZER, layout, steps=200)
     return dataclasses.replace(blueprint, optimizer=optax.chain(optax.trace(decay=0.0), blueprint.optimizer))
 
 
 @functools.cache
-def first_params():
-    return jax.tree.map(np.asarray, blueprint_of(SINGLE_DEVICE, FULL).create_state(seed=0).params)
+def first_params(layers: int):
+    return jax.tree.map(np.asarray, blueprint_of(SINGLE_DEVICE, FULL, layers).create_state(seed=0).params)
 
 
-def three_steps(layout: Layout, precision: Precision = FULL, microbatches: int = 1):
+def three_steps(layout: Layout, precision: Precision = FULL, layers: int = 2, microbatches: int = 1):
     """The losses, the gradients of the first step and the parameters after the last."""
-    blueprint = blueprint_of(layout, precision)
+    blueprint = blueprint_of(layout, precision, layers)
     shardings = blueprint.shardings()
-    state = blueprint.state_from(jax.device_put(first_params(), None if shardings is None else shardings.params))
+    params = jax.device_put(first_params(layers), None if shardings is None else shardings.params)
+    state = blueprint.state_from(params)
     batch = place_batch(batch_of(), layout)
     step = make_train_step(blueprint, seed=0, loss_chunk=6, microbatches=microbatches)
     # Compiling is what takes the time here.
@@ -113,8 +115,8 @@ def three_steps(layout: Layout, precision: Precision = FULL, microbatches: int =
 
 
 @functools.cache
-def on_one_device(precision: Precision = FULL):
-    return three_steps(SINGLE_DEVICE, precision)
+def on_one_device(**settings):
+    return three_steps(SINGLE_DEVICE, **settings)
 
 
 def laid_out(*kinds: str) -> Layout:
@@ -124,7 +126,7 @@ def laid_out(*kinds: str) -> Layout:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone(kind):
-    assert_trees_equal_to_scale(three_steps(laid_out(kind)), on_one_device())
+    assert_trees_equal_to_scale(three_steps(laid_out(kind), layers=1), on_one_device(layers=1))
 
 
 @pytest.mark.slow
@@ -137,3 +139,21 @@ def test_pairs(kinds):
 @pytest.mark.parametrize("kinds", TRIPLES, ids=", ".join)
 def test_triples(kinds):
     assert_trees_equal_to_scale(three_steps(laid_out(*kinds)), on_one_device())
+
+
+@pytest.mark.slow
+def test_microbatches():
+    kinds = ("zero-2", "experts over data", "tensor")
+    assert_trees_equal_to_scale(three_steps(laid_out(*kinds), microbatches=2), on_one_device(microbatches=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [*TRIPLES, ("ring", "tensor")], ids=", ".join)
+def test_bf16_within_less_than_its_own_rounding(kinds):
+    """Sums in another order round otherwise, and send a few tokens to other experts. Bounds, against one device: the
+    loss 2e-3 of itself, a gradient 0.1 of its norm (measured 0.03 to 0.07; from float32 one device is 0.11 away)."""
+    losses, gradients, _ = three_steps(laid_out(*kinds), precision=Precision(), layers=1)
+    expected_losses, expected_gradients, _ = on_one_device(precision=Precision(), layers=1)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-3)
+    for found, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert np.linalg.norm(found - expected) <= 0.1 * np.linalg.norm(expected)
