@@ -19,7 +19,15 @@ from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.tokenizer import SPECIAL
-from parallel.layout import BATCH_AXES, EXPERT_AXIS, FSDP_AXES, SINGLE_DEVICE, Layout
+from parallel.layout import (
+    BATCH_AXES,
+    FSDP_AXES,
+    SEQUENCE_AXIS,
+    SINGLE_DEVICE,
+    TENSOR_AXIS,
+    Layout,
+    LayoutConfig,
+)
 from parallel.mesh import MeshConfig, make_mesh
 
 WITHOUT_EFFECT = (
@@ -31,6 +39,17 @@ WITHOUT_EFFECT = (
     "training.peak_tflops",
 )
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
+
+ADDED = {
+    "mesh.sequence": "1",
+    "mesh.tensor": "1",
+    "layout.experts": "expert",
+    "layout.zero": "3",
+    "layout.sequence": "heads",
+    "layout.optimizer_states": "device",
+}
+"""Settings that runs of before did not have, with the values that these ran with: so set they leave fingerprints as
+they were."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: Precision = field(default_factory=Precision)
     execution: Execution = field(default_factory=Execution)
     init_from: str | None = None
@@ -83,10 +103,23 @@ class Experiment:
             )
 
     def _check_sharding(self) -> None:
-        experts, over = self.model.num_experts, self._devices(EXPERT_AXIS)
-        if self.model.has_moe and experts % over:
+        experts, axes = self.model.num_experts, self.layout.experts
+        if self.model.has_moe and experts % self._devices(*axes):
             raise ConfigError(
-                f"model.num_experts={experts} does not divide over {self._over(EXPERT_AXIS)}: use {divisors(experts)}"
+                f"model.num_experts={experts} does not divide over {self._over(*axes)}: use {divisors(experts)}"
+            )
+        for path, (size, axes) in self._split_sizes().items():
+            parts = self._devices(*axes)
+            if size % parts:
+                raise ConfigError(
+                    f"{path}={size} does not divide over {self._over(*axes)}: make it a multiple of {parts}, or "
+                    f"share it out over {divisors(math.gcd(size, parts))} devices"
+                )
+        length, chunks = self.data.sequence_length, 2 * self.mesh.sequence
+        if self.layout.sequence == "ring" and self.mesh.sequence > 1 and length % chunks:
+            raise ConfigError(
+                f"data.sequence_length={length} with layout.sequence='ring' over mesh.sequence={self.mesh.sequence}: "
+                f"each device takes two chunks, make it a multiple of {chunks}, or set layout.sequence='heads'"
             )
         width, over = self.model.d_model, self._devices(*FSDP_AXES)
         if width % over:
@@ -94,6 +127,22 @@ class Experiment:
                 f"model.d_model={width} does not divide over {self._over(*FSDP_AXES)}, which share out the parameters: "
                 f"make d_model a multiple of {over}, or move devices from mesh.data to mesh.replica"
             )
+
+    def _split_sizes(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        """What the tensor and sequence axes split, by the path of the setting, and over which axes. Key-value heads
+        are never copied."""
+        model, both = self.model, (SEQUENCE_AXIS, TENSOR_AXIS)
+        tensor, heads = both[1:], both if self.layout.sequence == "heads" else both[1:]
+        sizes: dict[str, tuple[int, tuple[str, ...]]] = {
+            "model.num_kv_heads": (model.num_kv_heads, heads),
+            "model.vocab_size": (model.vocab_size, tensor),
+            "data.sequence_length": (self.data.sequence_length, both),
+        }
+        if model.has_moe and (self.layout.splits_width or model.num_shared_experts):
+            sizes["model.d_expert"] = (model.d_expert, tensor)
+        if model.has_dense:
+            sizes["model.d_dense"] = (model.d_dense, tensor)
+        return sizes
 
     def _devices(self, *axes: str) -> int:
         return math.prod(self.mesh.sizes[axis] for axis in axes)
@@ -115,20 +164,25 @@ class Experiment:
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for the same numbers: all settings count but those `WITHOUT_EFFECT`."""
-        counted = {path: setting.text for path, setting in settings(self).items() if path not in WITHOUT_EFFECT}
+        counted = {
+            path: setting.text
+            for path, setting in settings(self).items()
+            if path not in WITHOUT_EFFECT and ADDED.get(path) != setting.text
+        }
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def blueprint(self, mesh: Mesh | None = None) -> Blueprint:
-        """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh.
-        Several processes (parallel/distributed.py) share one mesh, whatever its size.
+        """Plans the run's state on `mesh`; by default on the devices present, where one device needs no mesh
+        unless its host's memory is used. Several processes (parallel/distributed.py) share one mesh, whatever its size.
 
         Raises:
             MeshError: there are fewer devices than `self.mesh` asks for, or more in several processes.
             LayoutError: a parameter does not divide over the mesh.
         """
-        if mesh is None and (self.mesh.num_devices > 1 or jax.distributed.is_initialized()):
+        alone = self.mesh.num_devices == 1 and not jax.distributed.is_initialized()
+        if mesh is None and (not alone or self.layout.optimizer_states == "host"):
             mesh = make_mesh(self.mesh)
-        layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
+        layout = SINGLE_DEVICE if mesh is None else Layout(mesh, self.layout)
         return make_blueprint(
             self.model, self.precision, self.execution, self.optimizer, layout, steps=self.training.steps
         )

@@ -1,20 +1,39 @@
 """The one table from array axes to mesh axes. No PartitionSpec literal stands anywhere else.
 
-Axes are the letters of the alphabet in WORKSPACE.md. An activation such as x_BTD is split over its batch; a weight
-such as w_DNH is split over its width D for storage (FSDP) and gathered for use; the experts' weights w_EDF live where
-their experts do, and are split over D by what is left of the FSDP axes. So attention and experts use the same devices
-differently: for attention `expert` is one more FSDP axis.
+Axes are the letters of the alphabet in WORKSPACE.md. What is split over which mesh axes:
+
+| array | split |
+|---|---|
+| tokens_BT | batch B over replica x data x expert, positions T over sequence |
+| x_BTD, logits_BTE, weights_BTK | the same, but T over sequence x tensor (arXiv 2205.05198) |
+| q_BTNH, h_BTF, logits_BTV | as tokens; heads N and M, width F, vocabulary V over tensor (arXiv 1909.08053) |
+| q_BSNH, k_BSMH, logits_BSE | whole sequences S; N and M over tensor, and where heads are exchanged over sequence too |
+| w_DNH, w_DF, w_VD, … | N, M, F, V over tensor; for storage, D over data x expert x sequence (FSDP), gathered for use |
+| experts w_EDF | E over `experts`; F over tensor where `experts` leaves it; for storage, D over the FSDP axes left |
+
+So attention and experts use the same devices differently: for attention `expert` is one more FSDP axis. Key-value heads
+are never copied: there must be as many as devices that share them out.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from parallel.mesh import MeshConfig
+
 BATCH_AXES = ("replica", "data", "expert")
-FSDP_AXES = ("data", "expert")
-EXPERT_AXIS = "expert"
+FSDP_AXES = ("data", "expert", "sequence")
+SEQUENCE_AXIS = "sequence"
+TENSOR_AXIS = "tensor"
+TENSOR_LETTERS = "NMFV"
+"""Axes of a product that `tensor` splits."""
+
+HOST_MEMORY = "pinned_host"
+"""JAX's name for the memory of a device's host that the device copies from and to by itself."""
 
 
 class LayoutError(ValueError):
@@ -22,41 +41,114 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
+class LayoutConfig:
+    """How a mesh's axes are used.
+
+    experts: mesh axes over whose product the routed experts are shared out, outermost first. With "tensor" among them
+        an expert is whole on one device; otherwise its width is split over `tensor`.
+    zero: what `data`, `expert` and `sequence` share out of the parameters that they hold in common (ZeRO, arXiv
+        1910.02054): 1 the optimizer's states, 2 the gradients as well, 3 the parameters as well (FSDP). `replica` holds
+        copies.
+    sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
+        sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
+        heads need not divide (moe/ops/attention/ring.py).
+    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts'.
+    """
+
+    experts: tuple[str, ...] = ("expert",)
+    zero: Literal[1, 2, 3] = 3
+    sequence: Literal["heads", "ring"] = "heads"
+    optimizer_states: Literal["device", "host"] = "device"
+
+    def __post_init__(self) -> None:
+        known = tuple(MeshConfig().sizes)
+        unknown = [axis for axis in self.experts if axis not in known]
+        if unknown or len(set(self.experts)) < len(self.experts):
+            raise LayoutError(f"layout.experts={','.join(self.experts)}: give each once, of {', '.join(known)}")
+        if self.zero not in (1, 2, 3):
+            raise LayoutError(
+                f"layout.zero={self.zero!r}: give 1 (optimizer states), 2 (and gradients) or 3 (and parameters); "
+                "for copies of everything move devices from mesh.data to mesh.replica"
+            )
+
+    @property
+    def splits_width(self) -> bool:
+        """Whether `tensor` splits the experts' width F instead of sharing out whole experts."""
+        return TENSOR_AXIS not in self.experts
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Where arrays live on `mesh`; without a mesh everything is on one device and each method is the identity."""
+    """Where arrays live on `mesh`; without a mesh everything is on one device and each method is the identity.
+
+    An axis that the mesh lacks counts as 1. splits: the mesh axes that split sequences; see `for_length`.
+    """
 
     mesh: Mesh | None = None
+    config: LayoutConfig = LayoutConfig()
+    splits: tuple[str, ...] = (SEQUENCE_AXIS, TENSOR_AXIS)
+
+    def __post_init__(self) -> None:
+        # A mesh without devices, and devices that are only described, are there to be compiled for.
+        if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
+            device = self.mesh.devices.flat[0]
+            memories = [memory.kind for memory in device.addressable_memories()]
+            if memories and HOST_MEMORY not in memories:
+                raise LayoutError(
+                    f"layout.optimizer_states='host': {device.platform} devices here have {', '.join(memories)}, "
+                    f"no {HOST_MEMORY} memory; set 'device'"
+                )
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """Mesh axes over whose product the experts are shared out."""
+        return self._present(self.config.experts)
 
     @property
     def expert_parallelism(self) -> int:
         """Devices over which the experts are shared out."""
-        return self.mesh.shape[EXPERT_AXIS] if self.mesh else 1
+        return self._size(self.config.experts)
+
+    @property
+    def rings(self) -> bool:
+        """Whether attention goes round the devices of `sequence`."""
+        return self.config.sequence == "ring" and SEQUENCE_AXIS in self.splits and self._size([SEQUENCE_AXIS]) > 1
 
     @property
     def batch_shards(self) -> int:
         """Parts into which the batch is split."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) if self.mesh else 1
+        return self._size(BATCH_AXES)
+
+    def for_length(self, length: int) -> "Layout":
+        """For sequences of `length`: those that do not divide over sequence x tensor, such as a decoding step's one
+        token, stay whole on each device of these axes, which then repeat the work between the products."""
+        whole = (SEQUENCE_AXIS, TENSOR_AXIS)
+        return replace(self, splits=next((axes for axes in (whole, whole[:1]) if length % self._size(axes) == 0), ()))
 
     def activation_spec(self, axes: str) -> PartitionSpec:
-        """x_BTD and its kin: split over the batch B (or flat tokens A), whole otherwise."""
-        return PartitionSpec(*(BATCH_AXES if letter in "BA" else None for letter in axes))
-
-    def stored_spec(self, axes: str) -> PartitionSpec:
-        """A weight at rest. Vectors stay whole: splitting them saves nothing and costs a gather each."""
-        matrix = axes.removeprefix("L")
-        if len(matrix) < 2:
-            return self.whole_spec
-        by_expert = matrix.startswith("E")
-        width = tuple(axis for axis in FSDP_AXES if not (by_expert and axis == EXPERT_AXIS))
-        where = {"E": EXPERT_AXIS if by_expert else None, "D": width}
-        return PartitionSpec(*(where.get(letter) for letter in axes))
+        """By the table above."""
+        splits = dict.fromkeys(TENSOR_LETTERS, self._tensor) | dict.fromkeys("BA", self._present(BATCH_AXES))
+        between_products = not set("DEK").isdisjoint(axes)
+        splits["T"] = self._present(self.splits if between_products else self.splits[:1])
+        if "S" in axes and self.config.sequence == "heads":
+            splits |= dict.fromkeys("NM", self._present([TENSOR_AXIS, SEQUENCE_AXIS]))
+        return PartitionSpec(*(splits.get(letter) or None for letter in axes))
 
     def used_spec(self, axes: str) -> PartitionSpec:
-        """A weight in use: gathered, except that experts stay where they live.
+        """A weight in use: gathered over the FSDP axes, except that experts stay where they live."""
+        return self._weight_spec(axes, fsdp=False)
 
-        E leads in the experts' own weights; in the router's w_DE it is an output width like any other.
-        """
-        return PartitionSpec(EXPERT_AXIS) if axes.startswith("E") else PartitionSpec()
+    def sharded_spec(self, axes: str) -> PartitionSpec:
+        """A weight shared out as finely as it is."""
+        return self._weight_spec(axes, fsdp=True)
+
+    def stored_spec(self, axes: str) -> PartitionSpec:
+        """A weight at rest."""
+        return self._weight_spec(axes, fsdp=self.config.zero == 3)
+
+    def gradient_spec(self, axes: str) -> PartitionSpec:
+        """A weight's gradient once it is summed."""
+        return self._weight_spec(axes, fsdp=self.config.zero >= 2)
 
     def stored(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of a weight at rest.
@@ -64,11 +156,14 @@ class Layout:
         Raises:
             LayoutError: a size does not divide over its mesh axes.
         """
-        if self.mesh is None:
-            return None
-        spec = self.stored_spec(axes)
-        self._check(axes, shape, spec)
-        return NamedSharding(self.mesh, spec)
+        return self._checked(axes, shape, self.stored_spec(axes))
+
+    def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
+        sharding = self._checked(axes, shape, self.sharded_spec(axes))
+        if sharding is None or self.config.optimizer_states == "device":
+            return sharding
+        return sharding.with_memory_kind(HOST_MEMORY)
 
     def activation(self, axes: str) -> NamedSharding | None:
         return NamedSharding(self.mesh, self.activation_spec(axes)) if self.mesh else None
@@ -106,37 +201,114 @@ class Layout:
 
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:
         """States where an activation lives."""
-        return jax.lax.with_sharding_constraint(x, self.activation(axes)) if self.mesh else x
+        return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        if self.mesh is None:
-            return weight
-        return jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, self.used_spec(axes)))
+        return self._constrain(weight, self.used_spec(axes))
+
+    def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
+        """States where a weight's gradient lives."""
+        return self._constrain(gradient, self.gradient_spec(axes))
+
+    def shard(self, weight: jax.Array, axes: str) -> jax.Array:
+        """A weight, or its gradient, shared out as the optimizer's states are."""
+        return self._constrain(weight, self.sharded_spec(axes))
 
     def sum_over_batch(self, x: jax.Array) -> jax.Array:
-        """Inside `jax.shard_map`: the sum over all parts of the batch, on every device."""
-        return jax.lax.psum(x, BATCH_AXES) if self.mesh else x
+        """Inside `jax.shard_map`: the sum over all parts of the batch and its sequences, on every device."""
+        return jax.lax.psum(x, self._token_axes) if self.mesh else x
 
-    def sum_to_stored(self, gradient: jax.Array, axes: str) -> jax.Array:
-        """Inside `jax.shard_map`: a weight's gradient summed over all parts of the batch, each device keeping the part
-        that it stores. For weights that are used whole."""
+    def sum_to_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
+        """Inside `jax.shard_map`: a weight's gradient summed as by `sum_over_batch`, each device keeping the part that
+        `gradient_spec` gives it. For weights that are used whole."""
+        if self.config.zero < 2:
+            return self.sum_over_batch(gradient)
+        fsdp = self._present(FSDP_AXES)
+        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
+            gradient = jax.lax.psum(gradient, copies)
+        return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
+
+    def sum_over_tensor(self, x: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
+        return jax.lax.psum(x, self._tensor) if self._tensor else x
+
+    def max_over_tensor(self, x: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: the largest over `tensor`, on each of its devices."""
+        return jax.lax.pmax(x, self._tensor) if self._tensor else x
+
+    def first_over_tensor(self, size: int) -> jax.Array | int:
+        """Inside `jax.shard_map`: where this device's `size` entries of an axis split over `tensor` begin."""
+        return size * jax.lax.axis_index(self._tensor) if self._tensor else 0
+
+    def gather_sequence(self, x_BTD: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: the residual stream of all devices of `tensor`."""
+        if not (self._tensor and TENSOR_AXIS in self.splits):
+            return x_BTD
+        return jax.lax.all_gather(x_BTD, self._tensor, axis=1, tiled=True)
+
+    def sum_to_sequence(self, x_BTD: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: the sum over `tensor`, each device keeping its part of the residual stream."""
+        if not (self._tensor and TENSOR_AXIS in self.splits):
+            return self.sum_over_tensor(x_BTD)
+        return jax.lax.psum_scatter(x_BTD, self._tensor, scatter_dimension=1, tiled=True)
+
+    def tokens_length(self, length: int, *, gathered: bool) -> int:
+        """Of one device's part of sequences of `length`, after `gather_sequence` or before."""
+        return length // self._size(self.splits[:1] if gathered else self.splits)
+
+    @property
+    def _token_axes(self) -> tuple[str, ...]:
+        """Axes whose devices have tokens of their own."""
+        if SEQUENCE_AXIS not in self.splits:
+            parts = self._size([SEQUENCE_AXIS])
+            raise LayoutError(
+                f"sequences do not divide over {SEQUENCE_AXIS}={parts}: pad them to a multiple of {parts}"
+            )
+        return self._present([*BATCH_AXES, SEQUENCE_AXIS])
+
+    @property
+    def _tensor(self) -> tuple[str, ...]:
+        return self._present([TENSOR_AXIS])
+
+    def _weight_spec(self, axes: str, *, fsdp: bool) -> PartitionSpec:
+        """Vectors stay whole: splitting them saves nothing and costs a gather each. E leads in the experts' own
+        weights; in the router's w_DE it is an output width like any other."""
+        matrix = axes.removeprefix("L")
+        if len(matrix) < 2:
+            return self.whole_spec
+        splits = dict.fromkeys(TENSOR_LETTERS, self._tensor)
+        width = self._present(FSDP_AXES) if fsdp else ()
+        if matrix.startswith("E"):
+            splits["E"] = self.expert_axes
+            width = tuple(axis for axis in width if axis not in self.expert_axes)
+            if not self.config.splits_width:
+                del splits["F"]
+        splits["D"] = width
+        return PartitionSpec(*(splits.get(letter) or None for letter in axes))
+
+    def _present(self, axes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if self.mesh and axis in self.mesh.shape)
+
+    def _size(self, axes: Iterable[str]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1
+
+    def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) if self.mesh else x
+
+    def _checked(self, axes: str, shape: tuple[int, ...], spec: PartitionSpec) -> NamedSharding | None:
         if self.mesh is None:
-            return gradient
-        gradient = jax.lax.psum(gradient, "replica")
-        return jax.lax.psum_scatter(gradient, FSDP_AXES, scatter_dimension=axes.index("D"), tiled=True)
-
-    def _check(self, axes: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:
-        assert self.mesh is not None
-        for letter, size, mesh_axes in zip(axes, shape, spec, strict=False):
-            names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-            parts = math.prod(self.mesh.shape[name] for name in names)
+            return None
+        for letter, size, names in zip(axes, shape, spec, strict=False):
+            names = (names,) if isinstance(names, str) else names or ()
+            parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
                 raise LayoutError(
                     f"axis {letter} of w_{axes} has size {size}, which does not divide over {over} = {parts}: "
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
+        return NamedSharding(self.mesh, spec)
 
 
 def _at_most(size: int, limit: int) -> str:

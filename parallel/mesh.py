@@ -13,16 +13,23 @@ class MeshError(ValueError):
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; an axis of 1 is off. The order is outermost first: `expert` varies fastest.
+    """Devices along each axis; an axis of 1 is off. The order is outermost first: `tensor` varies fastest.
 
     replica: copies of the parameters; each takes its share of the batch.
     data: shares of the batch over which parameters, gradients and optimizer states are sharded (FSDP, ZeRO-3).
     expert: devices that share out the experts; they take their share of the batch as well.
+    sequence: devices that share out the sequences of one part of the batch (context parallelism).
+    tensor: devices that share out heads, hidden widths and the vocabulary of one part of the batch, and between these
+        products its sequence.
+
+    LayoutConfig (parallel/layout.py) says how else the axes are used.
     """
 
     replica: int = 1
     data: int = 1
     expert: int = 1
+    sequence: int = 1
+    tensor: int = 1
 
     def __post_init__(self) -> None:
         for axis in fields(self):
@@ -41,8 +48,8 @@ class MeshConfig:
 
     @property
     def text(self) -> str:
-        """ "replica=1 x data=2 x expert=4"."""
-        return " x ".join(f"{name}={size}" for name, size in self.sizes.items())
+        """ "data=2 x expert=4": the axes that are on, or "1 device"."""
+        return " x ".join(f"{name}={size}" for name, size in self.sizes.items() if size > 1) or "1 device"
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -1,5 +1,6 @@
 """Grouped-query attention with RoPE, per-head QK-norm and keys and values shared between layers."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -7,14 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.model.cache import GroupCache
-from moe.model.config import ModelConfig
+from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import matrix, norm_scale
 from moe.model.precision import Precision
 from moe.ops.attention import attention
+from moe.ops.attention.ring import ring_attention
 from moe.ops.norm import rms_norm
 from moe.ops.rope import apply_rope
-from parallel.layout import Layout
+from parallel.layout import SEQUENCE_AXIS, Layout
 
 
 class Sight(NamedTuple):
@@ -91,10 +93,22 @@ class Attention(nnx.Module):
         if cache is not None and self.projects_kv:
             kv = SharedKeyValue(*cache.append(kv.k_BSMH, kv.v_BSMH, sight.positions_BT[:, 0]))
         q_BTNH = self._queries(x_BTD, sight, layout)
+        if layout.rings and kv.cache is None:
+            y_BTNH = self._round_the_ring(q_BTNH, kv, sight, layout)
+        else:
+            y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
+        y_BTNH = layout.constrain(y_BTNH, "BTNH")
+        w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
+        return layout.constrain(jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), "BTD"), kv
+
+    def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
         # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
         slots_BT, segments_BT = (None, sight.segments_BT) if kv.cache is None else (sight.positions_BT, None)
-        y_BTNH = attention(
-            q_BTNH,
+        if segments_BT is not None:
+            # Whole before the mask is made of them: that is larger.
+            segments_BT = layout.constrain(segments_BT, "BS")
+        return attention(
+            layout.constrain(q_BTNH, "BSNH"),
             kv.k_BSMH,
             kv.v_BSMH,
             query_positions_BT=slots_BT,
@@ -102,12 +116,26 @@ class Attention(nnx.Module):
             segments_BS=segments_BT,
             backend=self.backend,
         )
-        w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), kv
+
+    def _round_the_ring(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
+        if self.backend not in ("auto", "chunked"):
+            raise ConfigError(
+                f"execution.attention={self.backend!r} with layout.sequence='ring': the ring computes in chunks; "
+                "set 'auto' or 'chunked', or layout.sequence='heads'"
+            )
+        q, k, tokens = (layout.activation_spec(axes) for axes in ("BTNH", "BTMH", "BT"))
+        ring = jax.shard_map(
+            partial(ring_attention, axis=SEQUENCE_AXIS),
+            mesh=layout.mesh,
+            in_specs=(q, k, k, tokens),
+            out_specs=q,
+            check_vma=False,
+        )
+        return ring(q_BTNH, kv.k_BSMH, kv.v_BSMH, sight.segments_BT)
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:
         w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH)
+        q_BTNH = layout.constrain(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
         q_BTNH = apply_rope(q_BTNH, sight.rope)
@@ -116,13 +144,16 @@ class Attention(nnx.Module):
             q_BTNH *= self.k_norm_H[...].astype(self.dtype)
         return q_BTNH
 
-    def _project_kv(self, x_BSD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
+    def _project_kv(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
         w_k_DMH = layout.gather(self.w_k_DMH[...].astype(self.dtype), "DMH")
         w_v_DMH = layout.gather(self.w_v_DMH[...].astype(self.dtype), "DMH")
-        k_BSMH = jnp.einsum("BSD,DMH->BSMH", x_BSD, w_k_DMH)
+        k_BTMH, v_BTMH = (
+            layout.constrain(jnp.einsum("BTD,DMH->BTMH", x_BTD, w_DMH), "BTMH") for w_DMH in (w_k_DMH, w_v_DMH)
+        )
         if self.qk_norm == "before_rope":
-            k_BSMH = rms_norm(k_BSMH, self.k_norm_H[...].astype(self.dtype), self.eps)
-        k_BSMH = apply_rope(k_BSMH, sight.rope)
+            k_BTMH = rms_norm(k_BTMH, self.k_norm_H[...].astype(self.dtype), self.eps)
+        k_BTMH = apply_rope(k_BTMH, sight.rope)
         if self.qk_norm == "after_rope":
-            k_BSMH = rms_norm(k_BSMH, None, self.eps)
-        return SharedKeyValue(k_BSMH, jnp.einsum("BSD,DMH->BSMH", x_BSD, w_v_DMH))
+            k_BTMH = rms_norm(k_BTMH, None, self.eps)
+        seen = "BTMH" if layout.rings else "BSMH"
+        return SharedKeyValue(layout.constrain(k_BTMH, seen), layout.constrain(v_BTMH, seen))

@@ -17,4 +17,4 @@ class Execution:
     attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"
     grouped_matmul: Literal["auto", "blocked", "ragged", "triton"] = "auto"
     exchange: Literal["padded", "gathered"] = "padded"
-    remat: Literal["none", "full", "matmuls"] = "none"
+    remat: Literal["none", "full", "matmuls", "matmuls_on_host"] = "none"

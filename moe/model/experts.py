@@ -1,6 +1,6 @@
 """The routed experts' weights and their computation on rows sorted by expert."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -14,7 +14,8 @@ from parallel.layout import Layout
 
 
 class ExpertWeights(NamedTuple):
-    """One layer's experts in the compute format: w_gate_EDF, w_up_EDF, w_down_EFD."""
+    """One layer's experts in the compute format: w_gate_EDF, w_up_EDF, w_down_EFD. Inside `jax.shard_map` E are this
+    device's own, and F its part of their width."""
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
@@ -32,9 +33,14 @@ class Experts(nnx.Module):
         self.w_down_EFD = matrix("EFD", (E, F, D), "expert", config.init_std, precision, rngs)
 
     def weights(self, layout: Layout) -> ExpertWeights:
-        """The weights as used: each device holds its own experts, whole."""
+        """The weights as used: each device holds its own experts, or its part of their width."""
         gate, up, down = (w[...].astype(self.dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
         return ExpertWeights(layout.gather(gate, "EDF"), layout.gather(up, "EDF"), layout.gather(down, "EFD"))
+
+    def specs(self, layout: Layout) -> ExpertWeights:
+        """Where `weights` live, for `jax.shard_map`."""
+        specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
+        return ExpertWeights(*specs)
 
 
 def apply_experts(rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeights, execution: Execution) -> jax.Array:

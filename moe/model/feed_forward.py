@@ -23,4 +23,5 @@ class FeedForward(nnx.Module):
         w_down_FD = layout.gather(self.w_down_FD[...].astype(self.dtype), "FD")
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF)
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF)
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+        hidden_BTF = layout.constrain(jax.nn.silu(gate_BTF) * up_BTF, "BTF")
+        return layout.constrain(jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD), "BTD")

@@ -13,9 +13,9 @@ from moe.model.experts import Experts, ExpertWeights, apply_experts
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
-from moe.model.router import Router, capacity, limit_capacity, measure_balance
+from moe.model.router import Router, Routing, capacity, limit_capacity, measure_balance
 from parallel.exchange import backend
-from parallel.layout import EXPERT_AXIS, Layout
+from parallel.layout import Layout
 
 
 class MoEStats(NamedTuple):
@@ -25,7 +25,7 @@ class MoEStats(NamedTuple):
     load_E: share of choices per expert, before drops.
     dropped, recycled: shares of choices over capacity.
     entropy: nats.
-    wire_bytes: what one device sends to others for this layer, forward and backward.
+    wire_bytes: what one device sends to others for this layer's exchange, forward and backward.
     """
 
     aux_loss: jax.Array
@@ -69,7 +69,9 @@ class MoELayer(nnx.Module):
             slots = capacity(config, self.config.num_experts, x_BTD.shape[1])
             if slots is not None:
                 drawn = None if key is None else layer_key(key, layer, Purpose.RECYCLE)
-                experts_BTK, weights_BTK, dropped, recycled = limit_capacity(routing, config, slots, drawn)
+                # Capacity is counted along whole sequences.
+                whole = Routing(*(layout.constrain(x, "BSE") for x in routing))
+                experts_BTK, weights_BTK, dropped, recycled = limit_capacity(whole, config, slots, drawn)
 
         routed_BTD, wire_bytes = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
         if self.config.num_shared_experts:
@@ -91,41 +93,47 @@ class MoELayer(nnx.Module):
     ) -> tuple[jax.Array, int]:
         """Σ_k weight_k · expert_k(x) and the bytes on the wire, on each device for its own part of the batch."""
         B, T, D = x_BTD.shape
-        local_batch = B // layout.batch_shards
-        limit = local_batch * (T if slots is None else slots)
+        # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
+        # shares out the experts, and each takes its own.
+        splits_width = layout.config.splits_width
+        local_batch, length = B // layout.batch_shards, layout.tokens_length(T, gathered=splits_width)
+        limit = local_batch * (length if slots is None else min(slots, length))
         exchange = backend(self.execution.exchange)
         exchanges = layout.expert_parallelism > 1
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
+            if splits_width:
+                x_BTD, experts_BTK, weights_BTK = map(layout.gather_sequence, (x_BTD, experts_BTK, weights_BTK))
             x_AD, experts_AK, weights_AK = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTK, weights_BTK))
             with jax.named_scope("dispatch"):
                 dispatched = dispatch(x_AD, experts_AK, self.config.num_experts)
             if exchanges:
                 with jax.named_scope("exchange"):
                     rows_RD = dispatched.rows_RD.astype(self.precision.exchange)
-                    arrived = exchange.send(rows_RD, dispatched.order.counts_E, EXPERT_AXIS, limit)
+                    arrived = exchange.send(rows_RD, dispatched.order.counts_E, layout.expert_axes, limit)
                 y_SD = apply_experts(arrived.rows_SD.astype(x_AD.dtype), arrived.counts_E, weights, self.execution)
                 with jax.named_scope("exchange"):
-                    y_RD = exchange.bring_back(y_SD.astype(self.precision.exchange), arrived, EXPERT_AXIS)
+                    y_RD = exchange.bring_back(y_SD.astype(self.precision.exchange), arrived, layout.expert_axes)
                     y_RD = y_RD.astype(x_AD.dtype)
             else:
                 y_RD = apply_experts(dispatched.rows_RD, dispatched.order.counts_E, weights, self.execution)
             with jax.named_scope("combine"):
-                return combine(y_RD, weights_AK, dispatched).reshape(x_BTD.shape)
+                y_BTD = combine(y_RD, weights_AK, dispatched).reshape(x_BTD.shape)
+            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD
 
         weights = self.experts.weights(layout)
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights), 0
-        batch = layout.activation_spec("BTD")
+        tokens = layout.activation_spec("BTD")
         routed = jax.shard_map(
             on_each_device,
             mesh=layout.mesh,
-            in_specs=(batch, batch, batch, layout.used_spec("EDF")),
-            out_specs=batch,
+            in_specs=(tokens, tokens, tokens, self.experts.specs(layout)),
+            out_specs=tokens,
             # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
             check_vma=False,
         )
-        rows = local_batch * T * experts_BTK.shape[-1]
+        rows = local_batch * length * experts_BTK.shape[-1]
         one_way = exchange.bytes_sent(
             rows,
             D,

@@ -81,6 +81,7 @@ class Transformer(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
+        layout = layout.for_length(tokens_BT.shape[1])
         rope = self.config.rope
         tables = rope_tables(
             positions_BT,

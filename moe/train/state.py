@@ -58,8 +58,12 @@ class Blueprint:
         opt_state = self.optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, balance, opt_state)
 
+    def by_axes(self, place: Callable[[jax.Array, str], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
+        """`place` of each array of a tree like the parameters, with the letters of its axes."""
+        return jax.tree.map(lambda spec, x: place(x, spec.axes), self.specs, tree, is_leaf=is_spec)
+
     def shardings(self) -> Any:
-        """A TrainState of where each array lives: optimizer states with their parameters; None on a single device.
+        """A TrainState of where each array lives; None on a single device.
 
         Raises:
             LayoutError: a parameter does not divide over the mesh.
@@ -67,16 +71,25 @@ class Blueprint:
         if self.layout.mesh is None:
             return None
         whole: Any = self.layout.whole()
-        params = jax.tree.map(lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
+        params, states = (
+            jax.tree.map(lambda spec, where=where: where(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
+            for where in (self.layout.stored, self.layout.optimizer_state)
+        )
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
             lambda _, sharding: sharding,
             abstract.opt_state,
-            params,
+            states,
             transform_non_params=lambda _: whole,
         )
         return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state)
+
+    def fetched(self, opt_state: optax.OptState) -> optax.OptState:
+        """Inside `jax.jit`: the optimizer's states on the devices, wherever they waited."""
+        if self.layout.config.optimizer_states == "device":
+            return opt_state
+        return jax.device_put(opt_state, jax.memory.Space.Device)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""

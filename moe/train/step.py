@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -83,7 +84,8 @@ def make_train_step(
         def one(number: jax.Array, part: Batch):
             take = jax.grad(objective, has_aux=True)
             grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
-            return jax.tree.map(lambda g: g.astype(accumulated), grads), told
+            grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
+            return blueprint.by_axes(layout.constrain_gradient, grads), told
 
         if microbatches == 1:
             return one(jnp.zeros((), jnp.int32), batch)
@@ -102,8 +104,9 @@ def make_train_step(
         key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
         grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         with jax.named_scope("optimizer"):
-            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
+            updates, opt_state = blueprint.optimizer.update(grads, blueprint.fetched(state.opt_state), params)
+            params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),
             aux_loss=jnp.zeros(()) if stats is None else stats.aux_loss.mean(),
@@ -140,11 +143,17 @@ def make_evaluation_step(
 
 
 def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """This process's rows of a batch, as global arrays split over the mesh."""
+    """This process's rows of a batch, whole sequences, as global arrays split over the mesh."""
     sharding = layout.activation("BT")
     if sharding is None:
         return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    _, shares = layout.batch_share(layout.batch_shards)
+
+    def place(x_BT: np.ndarray) -> jax.Array:
+        B, T = x_BT.shape
+        return jax.make_array_from_process_local_data(sharding, x_BT, (B * shares, T))
+
+    return jax.tree.map(place, batch)
 
 
 def split_batch(x_BT: jax.Array, microbatches: int, layout: Layout) -> jax.Array:

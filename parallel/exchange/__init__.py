@@ -1,7 +1,8 @@
 """Rows travel to the device that owns their bucket, and back: the contract, and the backends that keep it.
 
 All functions run inside `jax.shard_map`, on one device's part. The buckets (for a mixture of experts: the experts) are
-shared out evenly over one mesh axis, in order: with E buckets over P devices, device p owns buckets p·E/P onwards.
+shared out evenly over one mesh axis or the product of several, outermost first, in order: with E buckets over P
+devices, device p owns buckets p·E/P onwards.
 
     arrived = send(rows_RD, counts_E, axis, limit)        rows sorted by bucket → rows of this device's own buckets
     rows_RD = bring_back(rows_SD, arrived, axis)          results → the places from which their rows came

@@ -10,7 +10,7 @@ from parallel.exchange.padded import block_rows
 from parallel.rows import permute_rows
 
 
-def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str, limit: int) -> Arrived:
+def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str | tuple[str, ...], limit: int) -> Arrived:
     """As `padded.send`, with the same result."""
     num_devices = jax.lax.axis_size(axis)
     num_rows = rows_RD.shape[0]
@@ -27,7 +27,7 @@ def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str, limit: int) -> Arri
     return Arrived(rows_SD, counts_PE.sum(0), (source_S, target))
 
 
-def bring_back(rows_SD: jax.Array, arrived: Arrived, axis: str) -> jax.Array:
+def bring_back(rows_SD: jax.Array, arrived: Arrived, axis: str | tuple[str, ...]) -> jax.Array:
     """As `padded.bring_back`. Each place has one device that adds something other than zero, so the sum is exact."""
     source_S, target = arrived.ticket
     num_devices = jax.lax.axis_size(axis)

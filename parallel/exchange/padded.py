@@ -11,13 +11,13 @@ from parallel.exchange.arrived import Arrived, bucket_order, exclusive_sum
 from parallel.rows import inverse_places, permute_rows
 
 
-def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str, limit: int) -> Arrived:
+def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str | tuple[str, ...], limit: int) -> Arrived:
     """Sends rows, sorted by bucket, to their buckets' owners.
 
     Args:
         rows_RD: bucket e owns the next counts_E[e] rows; rows after the last bucket stay behind.
         counts_E: i32.
-        axis: the mesh axis over which the E buckets are shared out.
+        axis: the mesh axis, or the product of several, over which the E buckets are shared out.
         limit: no bucket counts more rows than this on any one device.
 
     Returns:
@@ -41,7 +41,7 @@ def send(rows_RD: jax.Array, counts_E: jax.Array, axis: str, limit: int) -> Arri
     return Arrived(rows_SD, counts_PE.sum(0), (source_S, target, packed, unpacked_R))
 
 
-def bring_back(rows_SD: jax.Array, arrived: Arrived, axis: str) -> jax.Array:
+def bring_back(rows_SD: jax.Array, arrived: Arrived, axis: str | tuple[str, ...]) -> jax.Array:
     """Results of the rows that `send` delivered, at the places from which they came; zeros for rows never sent.
 
     Returns:

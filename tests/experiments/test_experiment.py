@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.overrides import parse_changes
+from experiments.experiment import ADDED, Experiment
+from experiments.overrides import parse_changes, settings
 from experiments.run import load_experiment
 from moe.model.config import ConfigError
 
@@ -18,6 +19,19 @@ TINY = load_experiment(Path(__file__).parent.parent.parent / "experiments/tiny.p
         ({"data.batch_size": 12}, "data.batch_size=12 does not divide over mesh.replica=1 x mesh.data=2"),
         ({"training.microbatches": 4}, "and training.microbatches=4: use a multiple of 32, such as 32"),
         ({"mesh.data": 3, "data.batch_size": 12}, "model.d_model=256 does not divide over mesh.data=3 x mesh.expert=4"),
+        (
+            {"mesh.data": 2, "layout.experts": ("data", "expert"), "model.num_experts": 4},
+            "num_experts=4 does not divide over mesh.data=2 x mesh.expert=4: use 1, 2 or 4",
+        ),
+        (
+            {"mesh.tensor": 4},
+            "model.num_kv_heads=2 does not divide over mesh.sequence=1 x mesh.tensor=4: make it a multiple of 4, or "
+            "share it out over 1 or 2 devices",
+        ),
+        ({"mesh.sequence": 4, "layout.sequence": "ring", "data.sequence_length": 132}, "make it a multiple of 8, or"),
+        ({"mesh.tensor": 2, "data.sequence_length": 129}, "data.sequence_length=129 does not divide over mesh.seq"),
+        ({"mesh.tensor": 2, "model.d_expert": 65}, "model.d_expert=65 does not divide over mesh.tensor=2: make it"),
+        ({"layout.zero": 0}, "layout.zero=0: give one of 1, 2, 3"),
         ({"optimizer.warmup_steps": 500}, "optimizer.warmup_steps=500 with training.steps=120: warm up for fewer"),
         ({"model.vocab_size": 100}, "model.vocab_size=100: a byte-level tokenizer needs at least 261 ids"),
         ({"name": "a/b"}, "name='a/b': it names a folder"),
@@ -49,8 +63,15 @@ def test_the_fingerprint_follows_the_numbers_only():
         ("optimizer.b1", 0.8),
         ("mesh.data", 1),
         ("precision.compute", "float32"),
+        ("layout.zero", 2),
+        ("layout.experts", ("data",)),
     ]:
         assert TINY.vary({path: value}).fingerprint() != TINY.fingerprint()
+
+
+def test_settings_that_came_later_leave_the_fingerprints_of_earlier_runs():
+    defaults = {path: setting.text for path, setting in settings(Experiment(name="any", model=TINY.model)).items()}
+    assert {path: defaults[path] for path in ADDED} == ADDED
 
 
 def test_frozen_is_json():

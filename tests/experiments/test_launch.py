@@ -27,7 +27,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
         ([*LOCAL, TINY, "--set", "mesh.data=1"], "--processes 2 x --devices 4 are 8 devices, and the mesh repl"),
         ([*LOCAL, TINY, "--set", "mesh.dat=1"], "there is no setting 'mesh.dat': did you mean data or mesh.data"),
         ([*LOCAL[:-1], "0", TINY], "--processes 2 --devices 0: give at least 1 of each"),
-        ([*BATCH, "4", TINY], "--nodes 4 x --gpus-per-node 8 are 32 devices, and the mesh replica=1 x"),
+        ([*BATCH, "4", TINY], "--nodes 4 x --gpus-per-node 8 are 32 devices, and the mesh "),
         ([*PODS, "2", "--gpus-per-node", "0", "--cpu-devices", "2", TINY], "x --cpu-devices 2 are 4 devices, and the"),
         ([*PODS, "64", "--resource", "=8", HUNYUAN], "--resource '=8': give NAME=VALUE"),
         ([*PODS, "64", "--name", "A", HUNYUAN], "--name 'A': Kubernetes takes"),

@@ -35,6 +35,22 @@ def test_two_processes_train_as_one(tmp_path):
     assert json.loads((tmp_path / "two/environment.json").read_text())[0]["processes"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh.data": 1, "mesh.expert": 1, "mesh.sequence": 4, "layout.sequence": "ring"},
+        {"mesh.data": 1, "mesh.expert": 2, "mesh.tensor": 2},
+    ],
+    ids=["ring across processes", "experts across processes"],
+)
+def test_what_processes_share_besides_the_batch(tmp_path, changes):
+    file = written(tmp_path, QUICK | changes)
+    Launched(file, tmp_path / "two", 2).end(0)
+    alone(file, tmp_path / "one", {"mesh.data": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.tensor": 1})
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("four")

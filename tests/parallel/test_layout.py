@@ -1,24 +1,36 @@
+import re
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.layout import SINGLE_DEVICE, Layout, LayoutError
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig, make_mesh
+
+BATCH = ("replica", "data", "expert")
+FSDP = ("data", "expert", "sequence")
 
 
 @pytest.fixture(scope="module")
 def layout():
-    return Layout(make_mesh(MeshConfig(data=2, expert=4)))
+    return Layout(make_mesh(MeshConfig(data=2, expert=2, tensor=2)))
+
+
+def with_config(layout: Layout, **settings) -> Layout:
+    return Layout(layout.mesh, LayoutConfig(**settings))
 
 
 @pytest.mark.parametrize(
     ("axes", "spec"),
     [
-        ("VD", P(None, ("data", "expert"))),
-        ("LDNH", P(None, ("data", "expert"), None, None)),
-        ("EDF", P("expert", ("data",), None)),
-        ("LEFD", P(None, "expert", None, ("data",))),
-        ("DE", P(("data", "expert"), None)),
+        ("VD", P(("tensor",), FSDP)),
+        ("LDNH", P(None, FSDP, ("tensor",), None)),
+        ("NHD", P(("tensor",), None, FSDP)),
+        ("EDF", P(("expert",), ("data", "sequence"), ("tensor",))),
+        ("LEFD", P(None, ("expert",), ("tensor",), ("data", "sequence"))),
+        ("DE", P(FSDP, None)),
         ("D", P()),
         ("LH", P()),
     ],
@@ -27,18 +39,95 @@ def test_weights_at_rest(layout, axes, spec):
     assert layout.stored_spec(axes) == spec
 
 
-def test_activations_are_split_over_the_batch(layout):
-    assert layout.activation_spec("BTD") == P(("replica", "data", "expert"), None, None)
+@pytest.mark.parametrize(
+    ("experts", "spec"),
+    [
+        (("data",), P(("data",), ("expert", "sequence"), ("tensor",))),
+        (("data", "expert"), P(("data", "expert"), ("sequence",), ("tensor",))),
+        (("expert", "tensor"), P(("expert", "tensor"), ("data", "sequence"), None)),
+        ((), P(None, FSDP, ("tensor",))),
+    ],
+)
+def test_experts_over_any_axes_and_what_these_leave(layout, experts, spec):
+    assert with_config(layout, experts=experts).stored_spec("EDF") == spec
+    # Attention does not follow.
+    assert with_config(layout, experts=experts).stored_spec("DNH") == layout.stored_spec("DNH")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_each_stage_of_zero_shares_out_one_thing_more(layout, zero):
+    layout = with_config(layout, zero=zero)
+    fine, whole = P(None, FSDP, ("tensor",), None), P(None, None, ("tensor",), None)
+    assert layout.sharded_spec("LDNH") == fine
+    assert layout.gradient_spec("LDNH") == (fine if zero >= 2 else whole)
+    assert layout.stored_spec("LDNH") == (fine if zero == 3 else whole)
+    assert layout.used_spec("LDNH") == whole
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        ("BTD", P(BATCH, ("sequence", "tensor"), None)),
+        ("LBTD", P(None, BATCH, ("sequence", "tensor"), None)),
+        ("BTE", P(BATCH, ("sequence", "tensor"), None)),
+        ("BSE", P(BATCH, None, None)),
+        ("BT", P(BATCH, ("sequence",))),
+        ("BTNH", P(BATCH, ("sequence",), ("tensor",), None)),
+        ("BSNH", P(BATCH, None, ("tensor", "sequence"), None)),
+        ("BGSMH", P(BATCH, None, None, ("tensor", "sequence"), None)),
+    ],
+)
+def test_activations(layout, axes, spec):
+    assert layout.activation_spec(axes) == spec
+
+
+def test_a_ring_leaves_the_heads_together(layout):
+    assert with_config(layout, sequence="ring").activation_spec("BSNH") == P(BATCH, None, ("tensor",), None)
+
+
+def test_a_sequence_that_does_not_divide_stays_whole():
+    layout = Layout(make_mesh(MeshConfig(sequence=2, tensor=2)))
+    assert layout.for_length(8) == layout
+    assert layout.for_length(6).activation_spec("BTD") == P(BATCH, ("sequence",), None)
+    assert layout.for_length(1).activation_spec("BTD") == P(BATCH, None, None)
+    lengths = [(8, True), (8, False), (6, False), (1, False)]
+    assert [layout.for_length(n).tokens_length(n, gathered=gathered) for n, gathered in lengths] == [4, 2, 3, 1]
 
 
 def test_experts_stay_where_they_live_when_used(layout):
-    assert layout.used_spec("EDF") == P("expert")
-    assert layout.used_spec("DE") == P()
+    assert layout.used_spec("EDF") == P(("expert",), None, ("tensor",))
+    assert layout.used_spec("DE") == P(None, None)
 
 
-def test_a_size_that_does_not_divide_names_axis_size_and_remedy(layout):
-    with pytest.raises(LayoutError, match=r"axis D of w_VD has size 12.*data=2 x expert=4 = 8.*multiple of 8"):
-        layout.stored("VD", (100, 12))
+@pytest.mark.parametrize(
+    ("axes", "shape", "sentence"),
+    [
+        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=1 = 4: "),
+        ("DMH", (8, 3, 2), "axis M of w_DMH has size 3, which does not divide over tensor=2 = 2: make it a multiple of "
+         "2, or use a mesh of 1 along these axes"),
+    ],
+)  # fmt: skip
+def test_a_size_that_does_not_divide_names_axis_size_and_remedy(layout, axes, shape, sentence):
+    with pytest.raises(LayoutError, match=re.escape(sentence)):
+        layout.stored(axes, shape)
+
+
+@pytest.mark.parametrize("experts", [("dat",), ("data", "data")])
+def test_experts_over_axes_that_are_none(experts):
+    with pytest.raises(LayoutError, match="give each once, of replica, data, expert, sequence, tensor"):
+        LayoutConfig(experts=experts)
+
+
+def test_stages_of_zero_are_three():
+    with pytest.raises(LayoutError, match=r"layout.zero=0: give 1 \(optimizer states\).*mesh.replica"):
+        LayoutConfig(zero=0)
+
+
+def test_a_mesh_may_lack_axes():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+    layout = Layout(mesh)
+    assert layout.batch_shards == 4
+    assert layout.stored_spec("EDF") == P(("expert",), ("data",), None)
 
 
 def test_without_a_mesh_nothing_happens():

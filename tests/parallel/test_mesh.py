@@ -4,8 +4,8 @@ from parallel.mesh import MeshConfig, MeshError, make_mesh
 
 
 def test_axes_and_sizes():
-    mesh = make_mesh(MeshConfig(replica=2, data=2, expert=2))
-    assert dict(mesh.shape) == {"replica": 2, "data": 2, "expert": 2}
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
 
 
 def test_a_mesh_of_fewer_devices_takes_the_first():
@@ -13,7 +13,7 @@ def test_a_mesh_of_fewer_devices_takes_the_first():
 
 
 def test_more_devices_than_present():
-    with pytest.raises(MeshError, match=r"data=4 x expert=4 needs 16 devices, and 8 cpu devices are present"):
+    with pytest.raises(MeshError, match=r"the mesh data=4 x expert=4 needs 16 devices, and 8 cpu devices are present"):
         make_mesh(MeshConfig(data=4, expert=4))
 
 

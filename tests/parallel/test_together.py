@@ -105,7 +105,7 @@ def test_processes_that_differ_are_named_in_all(two):
 
 def test_a_mesh_of_several_processes_uses_all_their_devices(two):
     assert two[0]["too small"].startswith(
-        "the mesh replica=1 x data=2 x expert=1 has 2 devices, and the 2 processes have 4: a mesh over several"
+        "the mesh data=2 has 2 devices, and the 2 processes have 4: a mesh over several"
     )
     assert two[0]["too large"].endswith("needs 8 devices, and 4 cpu devices are present: lower one of the axes")
 

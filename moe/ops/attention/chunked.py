@@ -19,15 +19,14 @@ def chunked_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, v
     """See `moe.ops.attention.attention`. Holds f32 scores of B·N·BLOCK·BLOCK."""
     (B, T, N, H), M = q_BTNH.shape, k_BSMH.shape[2]
     q_BMGTH = jnp.moveaxis(q_BTNH.reshape(B, T, M, N // M, H), 1, 3)
-    q_BMGTH, k_BMSH, v_BMSH = (
-        _pad(q_BMGTH, 3), _pad(jnp.swapaxes(k_BSMH, 1, 2), 2), _pad(jnp.swapaxes(v_BSMH, 1, 2), 2)
-    )  # fmt: skip
-    places = _pad(view.query_positions_BT, 1), _pad(view.segments_BT, 1), _pad(view.segments_BS, 1)
+    q_BMGTH = whole_blocks(q_BMGTH, 3)
+    k_BMSH, v_BMSH = (whole_blocks(jnp.swapaxes(x_BSMH, 1, 2), 2) for x_BSMH in (k_BSMH, v_BSMH))
+    places = tuple(whole_blocks(x, 1) for x in (view.query_positions_BT, view.segments_BT, view.segments_BS))
     y_BMGTH = _attend(view.causal, q_BMGTH, k_BMSH, v_BMSH, places)[:, :, :, :T]
     return jnp.moveaxis(y_BMGTH, 3, 1).reshape(B, T, N, H)
 
 
-def _pad(x: jax.Array, axis: int) -> jax.Array:
+def whole_blocks(x: jax.Array, axis: int) -> jax.Array:
     """Zeros up to whole blocks: segment 0 hides them."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % BLOCK)
@@ -59,10 +58,16 @@ def _scores(q_BMGTH, k_BMSH, places, causal, first_key):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Array, places) -> jax.Array:
-    return _forward(causal, q_BMGTH, k_BMSH, v_BMSH, places)[0]
+    return attend_forward(causal, q_BMGTH, k_BMSH, v_BMSH, places)[0]
 
 
-def _forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Array, places):
+def attend_forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Array, places):
+    """The output, and what `attend_backward` needs: last the log-sum-exp of each query's scores, f32.
+
+    Args:
+        q_BMGTH, k_BMSH, v_BMSH: of whole blocks.
+        places: i32, positions_BT of the queries counted from the first key, segments_BT and segments_BS.
+    """
     positions_BT, segments_BT, segments_BS = places
 
     def query_block(_, i):
@@ -92,8 +97,11 @@ def _forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: jax.Ar
     return y_BMGTH, (q_BMGTH, k_BMSH, v_BMSH, places, y_BMGTH, log_total_BMGT)
 
 
-def _backward(causal: bool, saved, dy_BMGTH: jax.Array):
-    """Equations of FlashAttention-2 (arXiv 2307.08691, algorithm 2), queries in the outer loop."""
+def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
+    """Gradients of q, k and v; summed over several sets of keys where y and the log-sum-exp are over all of them.
+
+    Equations of FlashAttention-2 (arXiv 2307.08691, algorithm 2), queries in the outer loop.
+    """
     q_BMGTH, k_BMSH, v_BMSH, (positions_BT, segments_BT, segments_BS), y_BMGTH, log_total_BMGT = saved
     scale = q_BMGTH.shape[-1] ** -0.5
     delta_BMGT = jnp.sum(dy_BMGTH.astype(jnp.float32) * y_BMGTH.astype(jnp.float32), -1)
@@ -128,4 +136,4 @@ def _add(x_BMSH: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
     return _store(x_BMSH, _block(x_BMSH, index, 2) + block, index, 2)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(attend_forward, attend_backward)

@@ -14,7 +14,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.precision import FULL
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import capacity, limit_capacity
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
 from tests.oracle import moe as oracle
@@ -118,6 +118,16 @@ def test_every_mesh_gives_the_single_devices_numbers(name, exchange):
         layout = Layout(make_mesh(mesh))
         spread = value_and_gradients(layer, x_BTD, valid_BT, layout)
         assert_trees_equal_to_scale(spread, alone)
+
+
+@pytest.mark.parametrize("exchange", ["padded", "gathered"])
+@pytest.mark.parametrize("experts", [("data", "expert"), ("data", "tensor")])
+def test_experts_over_a_product_of_axes(experts, exchange):
+    layer = layer_of(ROUTERS["capacity top-2"], Execution(exchange=exchange))
+    x_BTD, valid_BT = inputs()
+    layout = Layout(make_mesh(MeshConfig(data=2, expert=2, tensor=2)), LayoutConfig(experts=experts))
+    spread = value_and_gradients(layer, x_BTD, valid_BT, layout)
+    assert_trees_equal_to_scale(spread, value_and_gradients(layer, x_BTD, valid_BT, SINGLE_DEVICE))
 
 
 def test_gradients_are_those_of_finite_differences():

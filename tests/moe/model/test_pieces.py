@@ -10,11 +10,11 @@ from moe.model.pieces import load, parameters, pieces
 from moe.model.precision import FULL
 from moe.model.transformer import Transformer
 from moe.train.trained import ArraySource
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 
 CONFIG = ModelConfig(
-    vocab_size=24, d_model=16, num_layers=5, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, d_expert=8,
+    vocab_size=24, d_model=16, num_layers=5, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, d_expert=8,
     cla_factor=2, num_dense_layers=1, d_dense=8,
 )  # fmt: skip
 
@@ -35,11 +35,19 @@ def test_pieces_make_up_every_parameter_in_the_order_of_memory(model):
 
 
 @pytest.mark.parametrize(
-    "mesh", [None, MeshConfig(data=2, expert=4), MeshConfig(replica=2, expert=2), MeshConfig(data=8)]
+    ("mesh", "config"),
+    [
+        (None, LayoutConfig()),
+        (MeshConfig(data=2, expert=4), LayoutConfig()),
+        (MeshConfig(replica=2, expert=2), LayoutConfig(zero=1)),
+        (MeshConfig(data=8), LayoutConfig()),
+        (MeshConfig(data=2, expert=2, tensor=2), LayoutConfig()),
+        (MeshConfig(data=2, expert=2, tensor=2), LayoutConfig(experts=("data", "tensor"), zero=2)),
+    ],
 )
-def test_parameters_arrive_whole_where_the_layout_says(model, mesh):
+def test_parameters_arrive_whole_where_the_layout_says(model, mesh, config):
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh), config)
     specs = specs_of(model)
     loaded = load(ArraySource(params), CONFIG, specs, layout)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)

@@ -94,7 +94,7 @@ def test_documents_in_a_row_do_not_see_each_other():
     np.testing.assert_allclose(packed, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "matmuls"])
+@pytest.mark.parametrize("remat", ["full", "matmuls", "matmuls_on_host"])
 def test_rematerialisation_changes_no_gradient(remat):
     model = Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)

@@ -30,7 +30,9 @@ def test_ragged_prompts_together_give_what_recomputing_each_alone_gives(model):
     assert together == [recomputed(model, prompt, 12) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(replica=2, expert=2)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=2, expert=4), MeshConfig(replica=2, expert=2), MeshConfig(expert=2, tensor=2)]
+)
 def test_a_mesh_gives_the_same_tokens_and_logits(model, checkpoint, mesh):
     sharded = HunyuanMoE.from_hf(checkpoint, mesh=mesh)
     assert sharded.generate(PROMPTS, max_tokens=12) == model.generate(PROMPTS, max_tokens=12)

@@ -11,7 +11,7 @@ import pytest
 
 from moe.train.checkpoint import CheckpointError, CheckpointStore
 from moe.train.state import TrainState
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 
 ON_MESH = Layout(make_mesh(MeshConfig(data=2, expert=4)))
@@ -97,6 +97,30 @@ def test_saved_arrays_may_be_donated_at_once(store):
     double(state)
     store.wait()
     jax.tree.map(np.testing.assert_array_equal, store.restore_latest(abstract(), print).state, state_of(5))
+
+
+def test_states_that_wait_on_the_host_come_back_there(store):
+    layout = Layout(ON_MESH.mesh, LayoutConfig(optimizer_states="host"))
+
+    def placed(value):
+        on_host = layout.optimizer_state("DF", (16, 4))
+        return state_of(value)._replace(
+            opt_state={"mu": jax.device_put(jnp.full((16, 4), value, jnp.float32), on_host)}
+        )
+
+    state = placed(7)
+    where = {"mu": state.opt_state["mu"].sharding}
+
+    def double(opt_state):
+        return jax.tree.map(lambda x: 2 * x, jax.device_put(opt_state, jax.memory.Space.Device))
+
+    store.save(7, state, {})
+    jax.jit(double, donate_argnums=0, out_shardings=where)(state.opt_state)
+    store.wait()
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(0))
+    restored = store.restore_latest(wanted, print).state
+    jax.tree.map(np.testing.assert_array_equal, restored, placed(7))
+    assert restored.opt_state["mu"].sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "remove", "manifest"])

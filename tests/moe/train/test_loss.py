@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from moe.train.loss import cross_entropy_sum
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
 
-B, T, D, V = 8, 10, 16, 37
+B, T, D, V = 8, 10, 16, 36
 
 
 def inputs(dtype=jnp.float32):
@@ -51,9 +51,18 @@ def test_gradient_follows_the_factor_before_it():
     np.testing.assert_allclose(2 * halved, single, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(replica=2, data=2, expert=2)])
-def test_every_mesh_gives_the_single_devices_numbers(mesh):
-    arrays, layout = inputs(), Layout(make_mesh(mesh))
+@pytest.mark.parametrize(
+    ("mesh", "zero"),
+    [
+        (MeshConfig(data=8), 3),
+        (MeshConfig(replica=2, data=2, expert=2), 2),
+        (MeshConfig(replica=2, data=2, tensor=2), 1),
+        # Four parts of a sequence of ten there are not: it stays whole.
+        (MeshConfig(data=2, tensor=4), 3),
+    ],
+)
+def test_every_mesh_gives_the_single_devices_numbers(mesh, zero):
+    arrays, layout = inputs(), Layout(make_mesh(mesh), LayoutConfig(zero=zero))
     take = jax.jit(jax.value_and_grad(cross_entropy_sum, argnums=(0, 1)), static_argnums=(4, 5))
     assert_trees_equal_to_scale(take(*arrays, 4, layout), take(*arrays, 4, SINGLE_DEVICE))
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -9,12 +10,13 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
-from parallel.layout import SINGLE_DEVICE, Layout, LayoutError
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig, make_mesh
 
 SMALL = ModelConfig(
     vocab_size=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, d_expert=8
 )  # fmt: skip
+HEADS = dataclasses.replace(SMALL, num_kv_heads=2)
 OPTIMIZER = OptimizerConfig(warmup_steps=1)
 
 
@@ -47,8 +49,20 @@ def test_parameters_and_optimizer_states_are_created_sharded():
         jax.tree.map(lambda p, m: np.testing.assert_equal(share(p), share(m)), state.params, moments)
 
 
+@pytest.mark.parametrize(("zero", "parameters"), [(1, 1 / 2), (3, 1 / 8)])
+def test_optimizer_states_are_shared_out_at_every_stage_and_wait_where_asked(zero, parameters):
+    config = LayoutConfig(zero=zero, optimizer_states="host")
+    state = blueprint_of(Layout(make_mesh(MeshConfig(data=4, tensor=2)), config), HEADS).abstract_state()
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    for tree, share, memory in ((state.params, parameters, "device"), (adam.mu, 1 / 8, "pinned_host")):
+        w_q_LDNH = tree["stacks"][0]["blocks"][0]["attention"]["w_q_DNH"]
+        assert math.prod(w_q_LDNH.sharding.shard_shape(w_q_LDNH.shape)) / w_q_LDNH.size == share
+        assert w_q_LDNH.sharding.memory_kind == memory
+
+
 def test_abstract_state_is_the_created_one():
-    blueprint = blueprint_of(Layout(make_mesh(MeshConfig(data=2, expert=4))), precision=Precision())
+    layout = Layout(make_mesh(MeshConfig(data=2, expert=4)), LayoutConfig(zero=1, optimizer_states="host"))
+    blueprint = blueprint_of(layout, precision=Precision())
     created, abstract = blueprint.create_state(seed=0), blueprint.abstract_state()
     jax.tree.map(lambda x, a: np.testing.assert_equal((x.shape, x.dtype), (a.shape, a.dtype)), created, abstract)
     assert all(jax.tree.leaves(jax.tree.map(lambda x, a: x.sharding == a.sharding, created, abstract)))
@@ -68,5 +82,7 @@ def test_parameters_in_bf16():
 
 def test_a_width_that_does_not_divide_is_refused_by_axis():
     config = dataclasses.replace(SMALL, d_model=20)
-    with pytest.raises(LayoutError, match="axis D of .* has size 20, which does not divide over data=2 x expert=4 = 8"):
+    with pytest.raises(
+        LayoutError, match="axis D of .* has size 20, which does not divide over data=2 x expert=4 x sequence=1 = 8"
+    ):
         blueprint_of(Layout(make_mesh(MeshConfig(data=2, expert=4))), config).abstract_state()
