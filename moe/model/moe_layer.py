@@ -1,20 +1,21 @@
 """The mixture-of-experts layer: route → dispatch → exchange → experts → exchange → combine, plus the shared expert."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.config import ModelConfig
-from moe.model.dispatch import combine, dispatch
+from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.experts import Experts, ExpertWeights, apply_experts
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import Router, capacity, limit_capacity, measure_balance
-from parallel.exchange import backend
+from parallel.exchange import Traffic, make_exchange, node_size
 from parallel.layout import EXPERT_AXIS, Layout
 
 
@@ -25,7 +26,8 @@ class MoEStats(NamedTuple):
     load_E: share of choices per expert, before drops.
     dropped, recycled: shares of choices over capacity.
     entropy: nats.
-    wire_bytes: what one device sends to others for this layer, forward and backward.
+    wire_bytes: what one device sends to others for this layer, forward and backward, in the mean.
+    across_bytes: how many of them leave its node.
     """
 
     aux_loss: jax.Array
@@ -35,6 +37,7 @@ class MoEStats(NamedTuple):
     recycled: jax.Array
     entropy: jax.Array
     wire_bytes: jax.Array
+    across_bytes: jax.Array
 
 
 class MoELayer(nnx.Module):
@@ -71,7 +74,7 @@ class MoELayer(nnx.Module):
                 drawn = None if key is None else layer_key(key, layer, Purpose.RECYCLE)
                 experts_BTK, weights_BTK, dropped, recycled = limit_capacity(routing, config, slots, drawn)
 
-        routed_BTD, wire_bytes = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
+        routed_BTD, sent = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
         if self.config.num_shared_experts:
             with jax.named_scope("shared_expert"):
                 routed_BTD += self.shared(x_BTD, layout)
@@ -82,57 +85,78 @@ class MoELayer(nnx.Module):
             dropped,
             recycled,
             balance.entropy,
-            jnp.asarray(wire_bytes, jnp.float32),
+            sent.inside + sent.across,
+            sent.across,
         )
         return routed_BTD, stats
 
     def _routed(
         self, x_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, slots: int | None, layout: Layout
-    ) -> tuple[jax.Array, int]:
-        """Σ_k weight_k · expert_k(x) and the bytes on the wire, on each device for its own part of the batch."""
-        B, T, D = x_BTD.shape
-        local_batch = B // layout.batch_shards
-        limit = local_batch * (T if slots is None else slots)
-        exchange = backend(self.execution.exchange)
-        exchanges = layout.expert_parallelism > 1
+    ) -> tuple[jax.Array, Traffic]:
+        """Σ_k weight_k · expert_k(x), on each device for its own part of the batch; and the bytes that each sends."""
+        num_devices = layout.expert_parallelism
+        near = 1 if layout.mesh is None else node_size(layout.mesh, EXPERT_AXIS, self.execution.devices_per_node)
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
-            x_AD, experts_AK, weights_AK = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTK, weights_BTK))
-            with jax.named_scope("dispatch"):
-                dispatched = dispatch(x_AD, experts_AK, self.config.num_experts)
-            if exchanges:
-                with jax.named_scope("exchange"):
-                    rows_RD = dispatched.rows_RD.astype(self.precision.exchange)
-                    arrived = exchange.send(rows_RD, dispatched.order.counts_E, EXPERT_AXIS, limit)
-                y_SD = apply_experts(arrived.rows_SD.astype(x_AD.dtype), arrived.counts_E, weights, self.execution)
-                with jax.named_scope("exchange"):
-                    y_RD = exchange.bring_back(y_SD.astype(self.precision.exchange), arrived, EXPERT_AXIS)
-                    y_RD = y_RD.astype(x_AD.dtype)
-            else:
-                y_RD = apply_experts(dispatched.rows_RD, dispatched.order.counts_E, weights, self.execution)
-            with jax.named_scope("combine"):
-                return combine(y_RD, weights_AK, dispatched).reshape(x_BTD.shape)
+            num_sequences, length, _ = x_BTD.shape
+            chunks, limit = cut_tokens(num_sequences, length, slots, self.execution.exchange_chunks)
+            exchange = make_exchange(
+                self.execution.exchange,
+                EXPERT_AXIS,
+                num_devices,
+                near,
+                self.config.num_experts,
+                limit,
+                self.precision.exchange,
+            )
+            x_CAD, experts_CAK, weights_CAK = (
+                x.reshape(chunks, -1, x.shape[-1]) for x in (x_BTD, experts_BTK, weights_BTK)
+            )
+            # All chunks are sent before any is computed, so that no exchange waits for an expert.
+            arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
+            y_CAD = [
+                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, weights, self.execution), each)
+                for each in arrived
+            ]
+            sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
+            return jnp.stack(y_CAD).reshape(x_BTD.shape), jax.tree.map(jnp.atleast_1d, sent)
 
         weights = self.experts.weights(layout)
-        if layout.mesh is None:
-            return on_each_device(x_BTD, experts_BTK, weights_BTK, weights), 0
-        batch = layout.activation_spec("BTD")
-        routed = jax.shard_map(
-            on_each_device,
-            mesh=layout.mesh,
-            in_specs=(batch, batch, batch, layout.used_spec("EDF")),
-            out_specs=batch,
-            # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
-            check_vma=False,
+        routed = on_each_device
+        if layout.mesh is not None:
+            batch = layout.activation_spec("BTD")
+            routed = jax.shard_map(
+                on_each_device,
+                mesh=layout.mesh,
+                in_specs=(batch, batch, batch, layout.used_spec("EDF")),
+                out_specs=(batch, layout.activation_spec("A")),
+                # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in
+                # for it.
+                check_vma=False,
+            )
+        y_BTD, sent = routed(x_BTD, experts_BTK, weights_BTK, weights)
+        return y_BTD, jax.tree.map(jnp.mean, sent)
+
+
+def cut_tokens(num_sequences: int, length: int, slots: int | None, chunks: int) -> tuple[int, int]:
+    """How one device's tokens are cut for the exchange.
+
+    Args:
+        slots: capacity of an expert in one sequence, None where routing is dropless.
+
+    Returns:
+        The number of chunks, and the most rows of one chunk that an expert can take.
+
+    Raises:
+        ConfigError: the tokens do not divide.
+    """
+    tokens = num_sequences * length
+    if tokens % chunks:
+        raise ConfigError(
+            f"execution.exchange_chunks={chunks} does not divide the {num_sequences} x {length} tokens of a device: "
+            f"use {divisors(tokens)}"
         )
-        rows = local_batch * T * experts_BTK.shape[-1]
-        one_way = exchange.bytes_sent(
-            rows,
-            D,
-            jnp.dtype(self.precision.exchange).itemsize,
-            self.config.num_experts,
-            layout.expert_parallelism,
-            limit,
-        )
-        # There and back, in the forward and again in the backward pass.
-        return routed(x_BTD, experts_BTK, weights_BTK, weights), 4 * one_way
+    size = tokens // chunks
+    whole_sequences, rest = divmod(size, length)
+    touched = whole_sequences if not rest else whole_sequences + (1 if length % size == 0 else 2)
+    return chunks, size if slots is None else min(size, touched * slots)
