@@ -26,7 +26,8 @@ class MoEStats(NamedTuple):
     load_E: share of choices per expert, before drops.
     dropped, recycled: shares of choices over capacity.
     entropy: nats.
-    wire_bytes: what one device sends to others for this layer, forward and backward, in the mean.
+    wire_bytes: what one device sends to others for this layer, forward and backward, in the mean over devices. What
+        rematerialisation sends again is not counted.
     across_bytes: how many of them leave its node.
     """
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import optax
@@ -87,13 +88,16 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(name):
     assert (spread[1].layers.wire_bytes_L > 0).all()
 
 
+WITH_EXPERTS = [MeshConfig(expert=8), MeshConfig(replica=2, data=2, expert=2)]
+WITHOUT = [MeshConfig(data=8), MeshConfig(replica=8)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [MeshConfig(expert=8), MeshConfig(data=8), MeshConfig(replica=8), MeshConfig(replica=2, data=2, expert=2)],
+    ("mesh", "exchange"),
+    [*itertools.product(WITH_EXPERTS, BACKENDS), *((mesh, "padded") for mesh in WITHOUT)],
     ids=str,
 )
-@pytest.mark.parametrize("exchange", BACKENDS)
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_every_mesh_and_exchange_gives_the_loss_and_gradients_of_one(name, mesh, exchange):
     spread = one_step(
