@@ -4,7 +4,7 @@ from parallel.exchange.__main__ import main
 
 
 def test_the_table(capsys):
-    main(["--per-node", "4", "--buckets", "16", "--top-k", "4", "--tokens", "128"])
+    main(["--per-node", "4", "--buckets", "32", "--top-k", "4", "--tokens", "128"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
     inside, across = ({name: float(row[column]) for name, *row in table} for column in (0, 1))
     assert across["least"] < across["ragged_hierarchical"] < across["hierarchical"] < across["ragged"]
