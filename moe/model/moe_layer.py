@@ -100,7 +100,8 @@ class MoELayer(nnx.Module):
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             num_sequences, length, _ = x_BTD.shape
-            chunks, limit = cut_tokens(num_sequences, length, slots, self.execution.exchange_chunks)
+            chunks = self.execution.exchange_chunks
+            limit = chunk_limit(num_sequences, length, slots, chunks)
             exchange = make_exchange(
                 self.execution.exchange,
                 EXPERT_AXIS,
@@ -120,33 +121,30 @@ class MoELayer(nnx.Module):
                 for each in arrived
             ]
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
-            return jnp.stack(y_CAD).reshape(x_BTD.shape), jax.tree.map(jnp.atleast_1d, sent)
+            if layout.mesh is not None:
+                sent = jax.lax.pmean(sent, layout.mesh.axis_names)
+            return jnp.stack(y_CAD).reshape(x_BTD.shape), sent
 
         weights = self.experts.weights(layout)
-        routed = on_each_device
-        if layout.mesh is not None:
-            batch = layout.activation_spec("BTD")
-            routed = jax.shard_map(
-                on_each_device,
-                mesh=layout.mesh,
-                in_specs=(batch, batch, batch, layout.used_spec("EDF")),
-                out_specs=(batch, layout.activation_spec("A")),
-                # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in
-                # for it.
-                check_vma=False,
-            )
-        y_BTD, sent = routed(x_BTD, experts_BTK, weights_BTK, weights)
-        return y_BTD, jax.tree.map(jnp.mean, sent)
+        if layout.mesh is None:
+            return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
+        batch = layout.activation_spec("BTD")
+        routed = jax.shard_map(
+            on_each_device,
+            mesh=layout.mesh,
+            in_specs=(batch, batch, batch, layout.used_spec("EDF")),
+            out_specs=(batch, layout.whole_spec),
+            # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
+            check_vma=False,
+        )
+        return routed(x_BTD, experts_BTK, weights_BTK, weights)
 
 
-def cut_tokens(num_sequences: int, length: int, slots: int | None, chunks: int) -> tuple[int, int]:
-    """How one device's tokens are cut for the exchange.
+def chunk_limit(num_sequences: int, length: int, slots: int | None, chunks: int) -> int:
+    """The most rows that an expert can take of one chunk of a device's tokens.
 
     Args:
         slots: capacity of an expert in one sequence, None where routing is dropless.
-
-    Returns:
-        The number of chunks, and the most rows of one chunk that an expert can take.
 
     Raises:
         ConfigError: the tokens do not divide.
@@ -160,4 +158,4 @@ def cut_tokens(num_sequences: int, length: int, slots: int | None, chunks: int) 
     size = tokens // chunks
     whole_sequences, rest = divmod(size, length)
     touched = whole_sequences if not rest else whole_sequences + (1 if length % size == 0 else 2)
-    return chunks, size if slots is None else min(size, touched * slots)
+    return size if slots is None else min(size, touched * slots)

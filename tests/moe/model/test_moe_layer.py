@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
-from moe.model.moe_layer import MoELayer, cut_tokens
+from moe.model.moe_layer import MoELayer, chunk_limit
 from moe.model.precision import FULL
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import capacity, limit_capacity
@@ -154,7 +154,7 @@ def test_every_exchange_whole_and_in_chunks_gives_the_single_devices_numbers(nam
     ],
 )
 def test_an_expert_never_takes_more_of_a_chunk_than_the_limit(sequences, length, slots, chunks, limit):
-    assert cut_tokens(sequences, length, slots, chunks) == (chunks, limit)
+    assert chunk_limit(sequences, length, slots, chunks) == limit
     size, most = sequences * length // chunks, slots or length
     for first in range(0, sequences * length, size):
         touched = np.bincount(np.arange(first, first + size) // length)
@@ -163,7 +163,7 @@ def test_an_expert_never_takes_more_of_a_chunk_than_the_limit(sequences, length,
 
 def test_chunks_that_do_not_divide_name_what_would():
     with pytest.raises(ConfigError, match=r"exchange_chunks=5 does not divide the 4 x 12 tokens .* 1, 2, 3, 4, 6, 8"):
-        cut_tokens(4, 12, None, 5)
+        chunk_limit(4, 12, None, 5)
 
 
 def test_gradients_are_those_of_finite_differences():
