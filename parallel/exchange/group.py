@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 Axis = str | tuple[str, ...]
 """One mesh axis, or several as one, the last varying fastest."""
@@ -84,14 +84,14 @@ def along_rail(axis: Axis, num_devices: int, node_size: int) -> Group:
     return Group(axis, num_devices // node_size, 1, rails)
 
 
-def node_size(mesh: Mesh, axis: Axis, devices_per_node: int) -> int:
+def node_size(mesh: Mesh | AbstractMesh, axis: Axis, devices_per_node: int) -> int:
     """How many consecutive devices along `axis` share a node: the most for which it holds all over the mesh.
 
     Args:
         devices_per_node: the mesh's devices, in its order, fill the nodes one after the other.
     """
     axes = (axis,) if isinstance(axis, str) else axis
-    nodes = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // devices_per_node
+    nodes = np.arange(mesh.size).reshape(mesh.axis_sizes) // devices_per_node
     last = range(nodes.ndim - len(axes), nodes.ndim)
     size = math.prod(mesh.shape[name] for name in axes)
     lines_P = np.moveaxis(nodes, [mesh.axis_names.index(name) for name in axes], last).reshape(-1, size)
