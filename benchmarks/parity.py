@@ -31,10 +31,8 @@ def worst_figures(fixture: Path, layout: Layout) -> dict[str, float]:
         quantity = name.split(".")[0]
         if quantity not in worst:
             continue
-        if quantity == "grad_norm":
-            ours = np.linalg.norm(found[name.replace("grad_norm", "grad", 1)])
-        else:
-            ours = found[name]
+        is_norm = quantity == "grad_norm"
+        ours = np.array(np.linalg.norm(found[name.replace("grad_norm", "grad", 1)])) if is_norm else found[name]
         worst[quantity] = max(worst[quantity], float(np.abs(ours - value).max() / np.abs(value).max()))
     return worst | {"greedy_ids": int((found["greedy_ids"] != expected["greedy_ids"]).sum())}
 

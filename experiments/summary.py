@@ -87,7 +87,8 @@ def _print_routing(record: Record, console: Console) -> None:
             f"{min(load) * len(load):.2f} x even",
             f"{layers['entropy'][layer]:.3f} of {math.log(len(load)):.3f} nats",
             f"{layers['dropped'][layer]:.1%}",
-            f"{layers['wire_bytes'][layer] / 1e6:.1f} MB a step",
+            f"{layers['wire_bytes'][layer] / 1e6:.1f} MB a step, "
+            f"{layers['across_bytes'][layer] / 1e6:.1f} across nodes",
         )
     console.print(table, "")
 

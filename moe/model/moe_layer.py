@@ -1,20 +1,21 @@
 """The mixture-of-experts layer: route → dispatch → exchange → experts → exchange → combine, plus the shared expert."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.config import ModelConfig
-from moe.model.dispatch import combine, dispatch
+from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.experts import Experts, ExpertWeights, apply_experts
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import Router, Routing, capacity, limit_capacity, measure_balance
-from parallel.exchange import backend
+from parallel.exchange import Exchange, Traffic, make_exchange, node_size
 from parallel.layout import Layout
 
 
@@ -25,7 +26,9 @@ class MoEStats(NamedTuple):
     load_E: share of choices per expert, before drops.
     dropped, recycled: shares of choices over capacity.
     entropy: nats.
-    wire_bytes: what one device sends to others for this layer's exchange, forward and backward.
+    wire_bytes: what one device sends to others for this layer, forward and backward, in the mean over devices. What
+        rematerialisation sends again is not counted.
+    across_bytes: how many of them leave its node.
     """
 
     aux_loss: jax.Array
@@ -35,6 +38,7 @@ class MoEStats(NamedTuple):
     recycled: jax.Array
     entropy: jax.Array
     wire_bytes: jax.Array
+    across_bytes: jax.Array
 
 
 class MoELayer(nnx.Module):
@@ -73,7 +77,7 @@ class MoELayer(nnx.Module):
                 whole = Routing(*(layout.constrain(x, "BSE") for x in routing))
                 experts_BTK, weights_BTK, dropped, recycled = limit_capacity(whole, config, slots, drawn)
 
-        routed_BTD, wire_bytes = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
+        routed_BTD, sent = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
         if self.config.num_shared_experts:
             with jax.named_scope("shared_expert"):
                 routed_BTD += self.shared(x_BTD, layout)
@@ -84,63 +88,85 @@ class MoELayer(nnx.Module):
             dropped,
             recycled,
             balance.entropy,
-            jnp.asarray(wire_bytes, jnp.float32),
+            sent.inside + sent.across,
+            sent.across,
         )
         return routed_BTD, stats
 
     def _routed(
         self, x_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, slots: int | None, layout: Layout
-    ) -> tuple[jax.Array, int]:
-        """Σ_k weight_k · expert_k(x) and the bytes on the wire, on each device for its own part of the batch."""
-        B, T, D = x_BTD.shape
+    ) -> tuple[jax.Array, Traffic]:
+        """Σ_k weight_k · expert_k(x), on each device for its own part of the batch; and the bytes that each sends."""
         # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
         # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
-        local_batch, length = B // layout.batch_shards, layout.tokens_length(T, gathered=splits_width)
-        limit = local_batch * (length if slots is None else min(slots, length))
-        exchange = backend(self.execution.exchange)
-        exchanges = layout.expert_parallelism > 1
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             if splits_width:
                 x_BTD, experts_BTK, weights_BTK = map(layout.gather_sequence, (x_BTD, experts_BTK, weights_BTK))
-            x_AD, experts_AK, weights_AK = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTK, weights_BTK))
-            with jax.named_scope("dispatch"):
-                dispatched = dispatch(x_AD, experts_AK, self.config.num_experts)
-            if exchanges:
-                with jax.named_scope("exchange"):
-                    rows_RD = dispatched.rows_RD.astype(self.precision.exchange)
-                    arrived = exchange.send(rows_RD, dispatched.order.counts_E, layout.expert_axes, limit)
-                y_SD = apply_experts(arrived.rows_SD.astype(x_AD.dtype), arrived.counts_E, weights, self.execution)
-                with jax.named_scope("exchange"):
-                    y_RD = exchange.bring_back(y_SD.astype(self.precision.exchange), arrived, layout.expert_axes)
-                    y_RD = y_RD.astype(x_AD.dtype)
-            else:
-                y_RD = apply_experts(dispatched.rows_RD, dispatched.order.counts_E, weights, self.execution)
-            with jax.named_scope("combine"):
-                y_BTD = combine(y_RD, weights_AK, dispatched).reshape(x_BTD.shape)
-            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD
+            num_sequences, length, _ = x_BTD.shape
+            chunks = self.execution.exchange_chunks
+            exchange = self._exchange(layout, chunk_limit(num_sequences, length, slots, chunks))
+            x_CAD, experts_CAK, weights_CAK = (
+                x.reshape(chunks, -1, x.shape[-1]) for x in (x_BTD, experts_BTK, weights_BTK)
+            )
+            # All chunks are sent before any is computed, so that no exchange waits for an expert.
+            arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
+            y_CAD = [
+                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, weights, self.execution), each)
+                for each in arrived
+            ]
+            y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
+            sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
+            if layout.mesh is not None:
+                sent = jax.lax.pmean(sent, layout.mesh.axis_names)
+            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD, sent
 
         weights = self.experts.weights(layout)
         if layout.mesh is None:
-            return on_each_device(x_BTD, experts_BTK, weights_BTK, weights), 0
+            return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")
         routed = jax.shard_map(
             on_each_device,
             mesh=layout.mesh,
             in_specs=(tokens, tokens, tokens, self.experts.specs(layout)),
-            out_specs=tokens,
+            out_specs=(tokens, layout.whole_spec),
             # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
             check_vma=False,
         )
-        rows = local_batch * length * experts_BTK.shape[-1]
-        one_way = exchange.bytes_sent(
-            rows,
-            D,
-            jnp.dtype(self.precision.exchange).itemsize,
-            self.config.num_experts,
+        return routed(x_BTD, experts_BTK, weights_BTK, weights)
+
+    def _exchange(self, layout: Layout, limit: int) -> Exchange:
+        """Over the devices that share out the experts, for at most `limit` rows an expert from each."""
+        axes = layout.expert_axes
+        near = 1 if layout.mesh is None else node_size(layout.mesh, axes, self.execution.devices_per_node)
+        return make_exchange(
+            self.execution.exchange,
+            axes,
             layout.expert_parallelism,
+            near,
+            self.config.num_experts,
             limit,
+            self.precision.exchange,
         )
-        # There and back, in the forward and again in the backward pass.
-        return routed(x_BTD, experts_BTK, weights_BTK, weights), 4 * one_way
+
+
+def chunk_limit(num_sequences: int, length: int, slots: int | None, chunks: int) -> int:
+    """The most rows that an expert can take of one chunk of a device's tokens.
+
+    Args:
+        slots: capacity of an expert in one sequence, None where routing is dropless.
+
+    Raises:
+        ConfigError: the tokens do not divide.
+    """
+    tokens = num_sequences * length
+    if tokens % chunks:
+        raise ConfigError(
+            f"execution.exchange_chunks={chunks} does not divide the {num_sequences} x {length} tokens of a device: "
+            f"use {divisors(tokens)}"
+        )
+    size = tokens // chunks
+    whole_sequences, rest = divmod(size, length)
+    touched = whole_sequences if not rest else whole_sequences + (1 if length % size == 0 else 2)
+    return size if slots is None else min(size, touched * slots)

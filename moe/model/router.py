@@ -10,8 +10,8 @@ from flax import nnx
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.parameter import SelectionBias, matrix
 from moe.model.precision import Precision
-from moe.ops.sort_rows import sort_rows
 from parallel.layout import Layout
+from parallel.sort_rows import sort_rows
 
 
 class Routing(NamedTuple):

@@ -28,7 +28,8 @@ def record_of(
 
     Returns:
         loss (nats), aux_loss, z_loss, grad_norm, learning_rate, tokens, tokens_per_second, mfu, and with experts
-        "layers": load (share per expert), dropped, recycled, entropy (nats) and wire_bytes, each a list by MoE layer.
+        "layers": load (share per expert), dropped, recycled, entropy (nats), wire_bytes and, of these, across_bytes,
+        each a list by MoE layer.
     """
     record: Record = {"step": step}
     for name in ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate"):

@@ -24,7 +24,8 @@ class LayerStats(NamedTuple):
     load_LE: share of the choices per expert before drops, sums to 1 over E.
     dropped_L, recycled_L: shares of the choices over capacity.
     entropy_L: mean router entropy, nats.
-    wire_bytes_L: bytes that one device sends for the layer's exchange in the step, forward and backward.
+    wire_bytes_L: bytes that one device sends for the layer's exchange in the step, forward and backward; the mean.
+    across_bytes_L: how many of them leave its node.
     """
 
     load_LE: jax.Array
@@ -32,6 +33,7 @@ class LayerStats(NamedTuple):
     recycled_L: jax.Array
     entropy_L: jax.Array
     wire_bytes_L: jax.Array
+    across_bytes_L: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -167,11 +169,12 @@ def merge_microbatches(stats: MoEStats | None) -> MoEStats | None:
     """Means over the parts, but for bytes, which add up."""
     if stats is None:
         return None
-    return jax.tree.map(lambda x: x.mean(0), stats)._replace(wire_bytes=stats.wire_bytes.sum(0))
+    added = {"wire_bytes": stats.wire_bytes.sum(0), "across_bytes": stats.across_bytes.sum(0)}
+    return jax.tree.map(lambda x: x.mean(0), stats)._replace(**added)
 
 
 def layer_stats(stats: MoEStats) -> LayerStats:
-    return LayerStats(stats.load_E, stats.dropped, stats.recycled, stats.entropy, stats.wire_bytes)
+    return LayerStats(stats.load_E, stats.dropped, stats.recycled, stats.entropy, stats.wire_bytes, stats.across_bytes)
 
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:

@@ -1,39 +1,86 @@
-"""Rows travel to the device that owns their bucket, and back: the contract, and the backends that keep it.
+"""Tokens travel to the devices that own the buckets they chose, and results come back: the contract and its backends.
 
-All functions run inside `jax.shard_map`, on one device's part. The buckets (for a mixture of experts: the experts) are
-shared out evenly over one mesh axis or the product of several, outermost first, in order: with E buckets over P
-devices, device p owns buckets p·E/P onwards.
+All functions run inside `jax.shard_map`, on one device's part. The E buckets (for a mixture of experts: the experts)
+are shared out evenly over one mesh axis, or over several as one, in order: device p of P owns buckets p·E/P onwards.
 
-    arrived = send(rows_RD, counts_E, axis, limit)        rows sorted by bucket → rows of this device's own buckets
-    rows_RD = bring_back(rows_SD, arrived, axis)          results → the places from which their rows came
+    exchange = make_exchange(name, ...)
+    arrived = exchange.send(x_AD, buckets_AK, weights_AK)    tokens → rows of this device's own buckets, by bucket
+    y_AD = exchange.bring_back(y_SD, arrived)                results → y[a] = Σ_k weights[a, k] · result of (a, k)
 
-Every backend gives the same rows in the same order (by bucket, then by sending device, then by place) with the same
-gradients, whatever the counts: none for a device, all for one bucket, fewer rows than R.
+`buckets_AK` is i32, E for a choice that was dropped; a token names no bucket twice. `weights_AK` is f32. `y_SD` must be
+zero after the last bucket's rows. Every backend gives the same sums and the same gradients, of x and of the weights,
+whatever the routing: all tokens for one bucket, none for a device. None ever drops a row: buffers hold the most that
+can come, S = P · min(A·K, limit · E/P) rows, at which the experts' own buffers are sized too.
 
-| backend  | how | bytes |
+| backend             | how | rows that a device sends, one way |
 |---|---|---|
-| padded   | one all-to-all of blocks as large as the fullest could be | (P-1) blocks of `limit`·E/P rows |
-| gathered | every device receives all rows, keeps its own | (P-1) · R rows; simplest, for checking and for tiny axes |
+| padded              | one all-to-all of blocks as large as the fullest could be | (P-1) · min(A·K, limit · E/P) |
+| gathered            | every device receives all rows, keeps its own; for checking | (P-1) · A·K |
+| ragged              | one all-to-all of the rows that exist (emulated on CPU) | its choices owned elsewhere |
+| hierarchical        | padded along the rail to each node, then padded inside it | across (N-1) · min(A, limit · E/N) |
+| ragged_hierarchical | the same two steps, both ragged | each token once to each node, and in it to each device |
+
+Each tells the bytes that it sends inside the node and across its border, tables and all, in `Arrived`. The least that
+any exchange can send is computed in `minimum.py`; `python -m parallel.exchange` sets them side by side.
 """
 
-from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
-from parallel.exchange import gathered, padded
-from parallel.exchange.arrived import Arrived
+from jax.typing import DTypeLike
 
-__all__ = ["Arrived", "Backend", "backend"]
+from parallel.exchange import alone, gathered, padded, ragged
+from parallel.exchange.flat import Arrived, Flat
+from parallel.exchange.group import Axis, Group, Traffic, along_rail, inside_node, node_size, whole
+from parallel.exchange.route import LayRoute
+from parallel.exchange.stepwise import Stepwise
 
-Backend = Literal["padded", "gathered"]
+__all__ = ["BACKENDS", "Arrived", "Axis", "Backend", "Exchange", "Traffic", "make_exchange", "node_size"]
+
+Backend = Literal["padded", "gathered", "ragged", "hierarchical", "ragged_hierarchical"]
+Exchange = Flat | Stepwise
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_FLAT = ("padded", "gathered", "ragged")
+_TRANSPORTS: dict[str, LayRoute] = {
+    "padded": padded.lay_route,
+    "gathered": gathered.lay_route,
+    "ragged": ragged.lay_route,
+    "hierarchical": padded.lay_route,
+    "ragged_hierarchical": ragged.lay_route,
+}
 
 
-def backend(name: Backend) -> ModuleType:
-    """The module of a backend: `send`, `bring_back` and `bytes_sent`.
+def make_exchange(
+    name: str, axis: Axis, num_devices: int, node_size: int, num_buckets: int, limit: int, wire: DTypeLike
+) -> Exchange:
+    """
+    Args:
+        name: of the backend.
+        axis: the mesh axis over which the buckets are shared out, or several, the last varying fastest.
+        num_devices: P, devices along it; with 1 every backend is a sort and no axis is needed.
+        node_size: how many consecutive ones share a node; divides P. See `group.node_size`.
+        num_buckets: E, a multiple of P.
+        limit: no bucket counts more rows than this on any one device.
+        wire: number format of the rows while they travel.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no backend of that name.
     """
-    backends = {"padded": padded, "gathered": gathered}
-    if name not in backends:
-        raise ValueError(f"execution.exchange={name!r}: give one of {', '.join(backends)}")
-    return backends[name]
+
+    if name not in BACKENDS:
+        raise ValueError(f"execution.exchange={name!r}: give one of {', '.join(BACKENDS)}")
+    if name in _FLAT or num_devices == 1:
+        return _flat(name, whole(axis, num_devices, node_size), num_buckets, limit, wire)
+    rail, inside = along_rail(axis, num_devices, node_size), inside_node(axis, num_devices, node_size)
+    # What a device holds after a step came from all members, from each with at most the limit before it.
+    on_device = _flat(name, whole(axis, 1, 1), num_buckets // num_devices, limit * num_devices, wire)
+    within = Stepwise(_transport(name, inside), inside, on_device, num_buckets // rail.size, limit * rail.size, wire)
+    return Stepwise(_transport(name, rail), rail, within, num_buckets, limit, wire)
+
+
+def _flat(name: str, group: Group, num_buckets: int, limit: int, wire: DTypeLike) -> Flat:
+    return Flat(_transport(name, group), group, num_buckets, limit, wire)
+
+
+def _transport(name: str, group: Group) -> LayRoute:
+    return _TRANSPORTS[name] if group.size > 1 else alone.lay_route

@@ -1,4 +1,4 @@
-"""What an exchange must deliver, with loops."""
+"""What an exchange must deliver, and what it sends, with loops."""
 
 import numpy as np
 
@@ -23,3 +23,35 @@ def arrivals(rows_PRD: np.ndarray, counts_PE: np.ndarray) -> list[tuple[np.ndarr
             counts.append(len(rows) - before)
         delivered.append((np.array(rows).reshape(len(rows), rows_PRD.shape[2]), np.array(counts)))
     return delivered
+
+
+def sums(x_AD: np.ndarray, buckets_AK: np.ndarray, weights_AK: np.ndarray, scale_ED: np.ndarray) -> np.ndarray:
+    """Σ_k weight · scale of the bucket · x, where bucket E adds nothing."""
+    y_AD = np.zeros(x_AD.shape)
+    for a, k in np.ndindex(buckets_AK.shape):
+        if buckets_AK[a, k] < len(scale_ED):
+            y_AD[a] += weights_AK[a, k] * scale_ED[buckets_AK[a, k]] * x_AD[a]
+    return y_AD
+
+
+def flat_rows(buckets_PAK: np.ndarray, num_buckets: int, node_size: int) -> tuple[float, float]:
+    """Rows that a device sends in the mean, inside its node and across, with one row for each choice."""
+    num_devices = len(buckets_PAK)
+    inside = across = 0
+    for (sender, _, _), bucket in np.ndenumerate(buckets_PAK):
+        owner = bucket // (num_buckets // num_devices)
+        if owner < num_devices and owner != sender:
+            near = owner // node_size == sender // node_size
+            inside, across = inside + near, across + (not near)
+    return inside / num_devices, across / num_devices
+
+
+def hierarchical_rows(buckets_PAK: np.ndarray, num_buckets: int, node_size: int) -> tuple[float, float]:
+    """The same, with a row along the rail for each node, and from where it lands one for each device."""
+    num_devices = len(buckets_PAK)
+    inside = across = 0
+    for sender, token in np.ndindex(buckets_PAK.shape[:2]):
+        owners = {bucket // (num_buckets // num_devices) for bucket in buckets_PAK[sender, token]} - {num_devices}
+        inside += sum(owner % node_size != sender % node_size for owner in owners)
+        across += len({owner // node_size for owner in owners} - {sender // node_size})
+    return inside / num_devices, across / num_devices

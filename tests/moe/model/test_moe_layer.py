@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.model.config import ModelConfig, RouterConfig
+from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
-from moe.model.moe_layer import MoELayer
+from moe.model.moe_layer import MoELayer, chunk_limit
 from moe.model.precision import FULL
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import capacity, limit_capacity
+from parallel.exchange import BACKENDS
 from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
@@ -101,33 +103,77 @@ def value_and_gradients(layer: MoELayer, x_BTD, valid_BT, layout: Layout):
 
     def scalar(weights, x_BTD):
         y_BTD, stats = apply(nnx.merge(graph, weights), x_BTD, valid_BT, layout)
-        return jnp.sin(y_BTD).sum() + stats.aux_loss + stats.z_loss, (y_BTD, stats._replace(wire_bytes=None))
+        return jnp.sin(y_BTD).sum() + stats.aux_loss + stats.z_loss, (
+            y_BTD,
+            stats._replace(wire_bytes=None, across_bytes=None),
+        )
 
     gradients, told = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(weights, x_BTD)
     return told, gradients
 
 
+@functools.cache
+def on_one_device(name: str):
+    return value_and_gradients(layer_of(ROUTERS[name]), *inputs(), SINGLE_DEVICE)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("exchange", ["padded", "gathered"])
-def test_every_mesh_gives_the_single_devices_numbers(name, exchange):
-    layer = layer_of(ROUTERS[name], Execution(exchange=exchange))
-    x_BTD, valid_BT = inputs()
-    alone = value_and_gradients(layer, x_BTD, valid_BT, SINGLE_DEVICE)
-    meshes = MESHES if exchange == "padded" else {"expert=8": MESHES["expert=8"]}
-    for mesh in meshes.values():
-        layout = Layout(make_mesh(mesh))
-        spread = value_and_gradients(layer, x_BTD, valid_BT, layout)
-        assert_trees_equal_to_scale(spread, alone)
+def test_every_mesh_gives_the_single_devices_numbers(name):
+    for mesh in MESHES.values():
+        spread = value_and_gradients(layer_of(ROUTERS[name]), *inputs(), Layout(make_mesh(mesh)))
+        assert_trees_equal_to_scale(spread, on_one_device(name))
 
 
-@pytest.mark.parametrize("exchange", ["padded", "gathered"])
-@pytest.mark.parametrize("experts", [("data", "expert"), ("data", "tensor")])
+QUICK = {("dropless top-3", "hierarchical", 2), ("capacity top-2", "ragged", 1), ("dropless top-3", "gathered", 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange", "chunks"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in itertools.product(("dropless top-3", "capacity top-2", "recycle"), BACKENDS, (1, 2))
+    ],
+)
+def test_every_exchange_whole_and_in_chunks_gives_the_single_devices_numbers(name, exchange, chunks):
+    layer = layer_of(ROUTERS[name], Execution(exchange=exchange, exchange_chunks=chunks, devices_per_node=2))
+    spread = value_and_gradients(layer, *inputs(), Layout(make_mesh(MeshConfig(expert=8))))
+    assert_trees_equal_to_scale(spread, on_one_device(name))
+
+
+@pytest.mark.parametrize(
+    ("experts", "exchange"),
+    [(("data", "expert"), "padded"), (("data", "tensor"), "hierarchical"), (("expert", "data"), "ragged_hierarchical")],
+)
 def test_experts_over_a_product_of_axes(experts, exchange):
-    layer = layer_of(ROUTERS["capacity top-2"], Execution(exchange=exchange))
-    x_BTD, valid_BT = inputs()
+    layer = layer_of(ROUTERS["capacity top-2"], Execution(exchange=exchange, devices_per_node=2))
     layout = Layout(make_mesh(MeshConfig(data=2, expert=2, tensor=2)), LayoutConfig(experts=experts))
-    spread = value_and_gradients(layer, x_BTD, valid_BT, layout)
-    assert_trees_equal_to_scale(spread, value_and_gradients(layer, x_BTD, valid_BT, SINGLE_DEVICE))
+    assert_trees_equal_to_scale(value_and_gradients(layer, *inputs(), layout), on_one_device("capacity top-2"))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "slots", "chunks", "limit"),
+    [
+        (4, 12, None, 1, 48),
+        (4, 12, None, 8, 6),
+        (4, 12, 5, 1, 20),
+        (4, 12, 5, 2, 10),  # two whole sequences
+        (4, 12, 5, 8, 5),  # within one sequence
+        (4, 12, 5, 6, 8),  # 8 tokens of up to two sequences: all of them
+        (4, 12, 1, 6, 2),
+        (4, 12, 1, 3, 3),  # 16 tokens of up to three sequences
+    ],
+)
+def test_an_expert_never_takes_more_of_a_chunk_than_the_limit(sequences, length, slots, chunks, limit):
+    assert chunk_limit(sequences, length, slots, chunks) == limit
+    size, most = sequences * length // chunks, slots or length
+    for first in range(0, sequences * length, size):
+        touched = np.bincount(np.arange(first, first + size) // length)
+        assert np.minimum(touched, most).sum() <= limit
+
+
+def test_chunks_that_do_not_divide_name_what_would():
+    with pytest.raises(ConfigError, match=r"exchange_chunks=5 does not divide the 4 x 12 tokens .* 1, 2, 3, 4, 6, 8"):
+        chunk_limit(4, 12, None, 5)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -173,20 +219,22 @@ def test_only_padding():
     assert all(bool(jnp.isfinite(x).all()) for x in stats)
 
 
-@pytest.mark.parametrize(("exchange", "rows"), [("padded", 2 * T * 2), ("gathered", 2 * T * 2)])
-def test_bytes_on_the_wire(exchange, rows):
-    layer = layer_of(RouterConfig(top_k=2), Execution(exchange=exchange))
-    layout = Layout(make_mesh(MeshConfig(expert=4)))
-    _, stats = apply(layer, *inputs(), layout)
-    # Dropless: each of the 3 others gets a block of all R = A·K rows of a device; 4 bytes; 4 journeys.
-    assert float(stats.wire_bytes) == 4 * 3 * rows * D * 4
+def test_bytes_on_the_wire():
+    layer = layer_of(RouterConfig(top_k=2), Execution(devices_per_node=2))
+    _, stats = apply(layer, *inputs(), Layout(make_mesh(MeshConfig(expert=4))))
+    # Dropless: each of the 3 others gets a block of all R = A·K rows of a device; 4 bytes; 4 journeys; and once the
+    # counts of its two experts.
+    block = 4 * (2 * T * 2) * D * 4 + 2 * 4
+    assert float(stats.wire_bytes) == 3 * block
+    assert float(stats.across_bytes) == 2 * block
     _, alone = apply(layer, *inputs())
-    assert float(alone.wire_bytes) == 0
+    assert float(alone.wire_bytes) == float(alone.across_bytes) == 0
 
 
 def test_capacity_bounds_the_bytes_on_the_wire():
     layout = Layout(make_mesh(MeshConfig(expert=4)))
     _, dropless = apply(layer_of(RouterConfig(top_k=2)), *inputs(), layout)
     _, limited = apply(layer_of(RouterConfig(top_k=2, capacity_factor=1.0)), *inputs(), layout)
-    # Blocks of E/P · C = 2 · ceil(2 · 12 / 8) rows a sequence instead of all 24.
-    assert float(limited.wire_bytes) == float(dropless.wire_bytes) * 6 / 24
+    # Blocks of E/P · C = 2 · ceil(2 · 12 / 8) rows a sequence instead of all 24; the counts of two experts as before.
+    counts = 3 * 2 * 4
+    assert float(limited.wire_bytes) - counts == (float(dropless.wire_bytes) - counts) * 6 / 24

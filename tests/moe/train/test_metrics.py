@@ -7,7 +7,8 @@ from moe.train.run_folder import RunFolder
 from moe.train.step import LayerStats, StepMetrics
 
 LAYERS = LayerStats(
-    np.array([[0.25, 0.75], [0.5, 0.5]], np.float32), np.zeros(2), np.zeros(2), np.full(2, 0.6), np.full(2, 1024.0)
+    np.array([[0.25, 0.75], [0.5, 0.5]], np.float32), np.zeros(2), np.zeros(2), np.full(2, 0.6),
+    np.full(2, 1024.0), np.zeros(2),
 )  # fmt: skip
 METRICS = StepMetrics(2.0, 1.0, 3.0, 0.5, 1e-3, 100, LAYERS)
 
@@ -18,7 +19,7 @@ def test_a_record_in_plain_numbers():
     assert (record["step"], record["loss"], record["tokens"], record["tokens_per_second"]) == (7, 2.0, 100, 200.0)
     assert record["mfu"] == 200.0 * 1e6 / 1e9
     assert record["layers"]["load"] == [[0.25, 0.75], [0.5, 0.5]]
-    assert set(record["layers"]) == {"load", "dropped", "recycled", "entropy", "wire_bytes"}
+    assert set(record["layers"]) == {"load", "dropped", "recycled", "entropy", "wire_bytes", "across_bytes"}
     without = record_of(7, METRICS._replace(layers=None), 0.5, 1e6, None)
     assert not {"mfu", "layers"} & set(without)
 

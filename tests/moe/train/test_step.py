@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import optax
@@ -12,6 +13,7 @@ from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_evaluation_step, make_train_step, place_batch
+from parallel.exchange import BACKENDS
 from parallel.layout import SINGLE_DEVICE, Layout
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
@@ -76,7 +78,7 @@ def on_one_device(name: str):
 
 def without_wire(told):
     gradients, metrics, balance = told
-    return gradients, metrics._replace(layers=metrics.layers._replace(wire_bytes_L=None)), balance
+    return gradients, metrics._replace(layers=metrics.layers._replace(wire_bytes_L=None, across_bytes_L=None)), balance
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -86,16 +88,23 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(name):
     assert (spread[1].layers.wire_bytes_L > 0).all()
 
 
+WITH_EXPERTS = [MeshConfig(expert=8), MeshConfig(replica=2, data=2, expert=2)]
+WITHOUT = [MeshConfig(data=8), MeshConfig(replica=8)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [MeshConfig(expert=8), MeshConfig(data=8), MeshConfig(replica=8), MeshConfig(replica=2, data=2, expert=2)],
+    ("mesh", "exchange"),
+    [*itertools.product(WITH_EXPERTS, BACKENDS), *((mesh, "padded") for mesh in WITHOUT)],
     ids=str,
 )
-@pytest.mark.parametrize("exchange", ["padded", "gathered"])
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_every_mesh_and_exchange_gives_the_loss_and_gradients_of_one(name, mesh, exchange):
-    spread = one_step(blueprint_of(ROUTERS[name], mesh, Execution(exchange=exchange, remat="full")))
+    spread = one_step(
+        blueprint_of(
+            ROUTERS[name], mesh, Execution(exchange=exchange, exchange_chunks=2, devices_per_node=2, remat="full")
+        )
+    )
     assert_trees_equal_to_scale(without_wire(spread), without_wire(on_one_device(name)))
 
 

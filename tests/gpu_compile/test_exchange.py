@@ -1,0 +1,83 @@
+"""The exchanges compiled for eight H20s: XLA's own ragged all-to-all, and what runs while rows travel."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe.model.config import ModelConfig, RouterConfig
+from moe.model.execution import Execution
+from moe.model.moe_layer import MoELayer
+from moe.model.precision import Precision
+from parallel.layout import Layout
+from parallel.mesh import MeshConfig
+from tests.gpu_compile.target import h20_mesh
+from tests.parallel.exchange.program import main_computation
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="the CUDA plugin is not installed: pip install -r requirements-plan.txt, in an environment of its own",
+)
+
+B, T, D, F, E = 8, 1024, 1024, 1024, 16
+
+
+def compiled_layer(exchange: str, chunks: int = 1, gradients: bool = True):
+    config = ModelConfig(
+        vocab_size=10, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
+        num_experts=E, d_expert=F, num_shared_experts=1, router=RouterConfig(top_k=2),
+    )  # fmt: skip
+    execution = Execution(grouped_matmul="ragged", exchange=exchange, exchange_chunks=chunks, devices_per_node=2)
+    layout = Layout(h20_mesh(MeshConfig(expert=8).sizes))
+
+    def layer() -> MoELayer:
+        return MoELayer(config, Precision(), execution, rngs=nnx.Rngs(0))
+
+    graph, shapes = nnx.split(nnx.eval_shape(layer))
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+    def loss(weights, x_BTD):
+        y_BTD, _ = nnx.merge(graph, weights)(x_BTD, jnp.ones((B, T), bool), jnp.int32(0), None, layout)
+        return jnp.sin(y_BTD.astype(jnp.float32)).sum()
+
+    x_BTD = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16, sharding=layout.activation("BTD"))
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradients else loss).lower(weights, x_BTD)
+    return lowered.compile({"xla_gpu_enable_latency_hiding_scheduler": True})
+
+
+def groups_of(text: str, opcode: str) -> list[str]:
+    return re.findall(rf" {opcode}\(.*?replica_groups=(\{{\{{.*?\}}\}})", text)
+
+
+def test_ragged_compiles_to_xlas_own_operation():
+    text = compiled_layer("ragged").as_text()
+    # There and back, and the gradient of each.
+    assert groups_of(text, "ragged-all-to-all-start") == ["{{0,1,2,3,4,5,6,7}}"] * 4
+    assert not groups_of(text, "all-to-all-start")
+
+
+def test_ragged_hierarchical_compiles_to_two_steps():
+    found = groups_of(compiled_layer("ragged_hierarchical").as_text(), "ragged-all-to-all-start")
+    # Rows there and back and the gradients, weights there and their gradients.
+    assert found.count("{{0,2,4,6},{1,3,5,7}}") == 6
+    assert found.count("{{0,1},{2,3},{4,5},{6,7}}") == 6
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_the_shared_expert_is_scheduled_while_rows_travel(exchange):
+    opcode = {"padded": "all-to-all", "ragged": "ragged-all-to-all"}[exchange]
+    program = main_computation(compiled_layer(exchange, chunks=2, gradients=False).as_text())
+    travelling, meanwhile = set(), []
+    for name, each in program.items():
+        if each.opcode == f"{opcode}-start" and "bf16[" in each.line:
+            travelling.add(name)
+        elif each.opcode == f"{opcode}-done":
+            travelling -= {*each.operands}
+        elif travelling and "dot_general" in each.line:
+            meanwhile.append(each.line)
+    assert any("/shared_expert/" in line for line in meanwhile), meanwhile

@@ -1,0 +1,19 @@
+import pytest
+
+from parallel.exchange.__main__ import main
+
+
+def test_the_table(capsys):
+    main(["--per-node", "4", "--buckets", "32", "--top-k", "4", "--tokens", "128"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
+    inside, across = ({name: float(row[column]) for name, *row in table} for column in (0, 1))
+    assert across["least"] < across["ragged_hierarchical"] < across["hierarchical"] < across["ragged"]
+    assert across["ragged"] < across["padded"] <= across["gathered"]
+    assert inside["least"] < inside["ragged_hierarchical"] < inside["hierarchical"] < inside["padded"]
+
+
+@pytest.mark.parametrize(("given", "message"), [("--devices 6 --per-node 4", "multiple of 4"), ("--buckets 12", "8")])
+def test_sizes_that_do_not_fit(given, message, capsys):
+    with pytest.raises(SystemExit):
+        main(given.split())
+    assert message in capsys.readouterr().err
