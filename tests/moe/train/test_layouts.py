@@ -124,7 +124,10 @@ def laid_out(*kinds: str) -> Layout:
     return Layout(make_mesh(mesh), config)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The quick tests have the others in test_step.py and tests/moe/ops/test_ring.py.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("zero-3", "experts", "ring"))) for kind in KINDS]
+)
 def test_alone(kind):
     assert_trees_equal_to_scale(three_steps(laid_out(kind), layers=1), on_one_device(layers=1))
 
