@@ -166,6 +166,8 @@ def _readings(kind: Any, text: str) -> Iterator[Any]:
             yield from _readings(option, text)
     elif get_origin(kind) is tuple:
         yield tuple(part.strip() for part in text.split(",") if part.strip())
+    elif get_origin(kind) is Literal:
+        yield from (option for option in get_args(kind) if str(option) == text)
     elif kind is NoneType:
         yield from [None] if text.lower() in NONE_WORDS else []
     elif kind is bool:

@@ -211,12 +211,14 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
     """Says what is about to be trained, on what."""
     count = count_parameters(experiment.model, blueprint.specs)
     mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.sizes.items() if size > 1) or "1 device"
-    precision, told = experiment.precision, data.statistics
+    layout, precision, told = experiment.layout, experiment.precision, data.statistics
     tokens = experiment.data.batch_size * experiment.data.sequence_length
     lines = {
         "experiment": f"{experiment.name}, {experiment.training.steps} steps of {tokens:,} tokens",
         "model": f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active for a token",
         "devices": f"{mesh} ({jax.devices()[0].device_kind})",
+        "layout": f"experts over {' x '.join(layout.experts) or 'none'}, ZeRO-{layout.zero}, "
+        f"optimizer states on the {layout.optimizer_states}",
         "precision": f"parameters {precision.parameters}, compute {precision.compute}, exchange {precision.exchange}",
         "data": f"{told.documents:,} documents, {told.tokens:,} training tokens, "
         f"unigram entropy {told.unigram_entropy:.3f} nats",

@@ -89,14 +89,16 @@ class Layout:
     splits: tuple[str, ...] = (SEQUENCE_AXIS, TENSOR_AXIS)
 
     def __post_init__(self) -> None:
-        # A mesh without devices, and devices that are only described, are there to be compiled for.
+        # A mesh without devices may be lowered for.
         if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
             device = self.mesh.devices.flat[0]
             memories = [memory.kind for memory in device.addressable_memories()]
-            if memories and HOST_MEMORY not in memories:
+            if HOST_MEMORY not in memories:
+                # Of a GPU that is only described, to compile for, JAX knows no memory, and would leave out the kind.
+                known = ", ".join(memories) or "not known"
                 raise LayoutError(
-                    f"layout.optimizer_states='host': {device.platform} devices here have {', '.join(memories)}, "
-                    f"no {HOST_MEMORY} memory; set 'device'"
+                    f"layout.optimizer_states='host' needs {HOST_MEMORY} memory, and the memories of these "
+                    f"{device.platform} devices are {known}; set 'device'"
                 )
 
     @property

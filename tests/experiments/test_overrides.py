@@ -14,6 +14,7 @@ class Engine:
     power: int = 3
     weight: float | None = 1.5
     fuel: Literal["coal", "wind"] = "coal"
+    gear: Literal[1, 2, 3] = 1
     parts: tuple[str, ...] = ()
     colours: tuple[Literal["red", "blue"], ...] = ("red",)
     on: bool = False
@@ -45,6 +46,7 @@ def after(*assignments: str) -> Ship:
         ("engine.weight=2", 2.0),
         ("engine.weight=none", None),
         ("engine.weight=Null", None),
+        ("engine.gear=2", 2),
         ("engine.parts=a.txt, b/*.md", ("a.txt", "b/*.md")),
         ("engine.parts=", ()),
         ("engine.colours=blue,red", ("blue", "red")),
@@ -139,7 +141,7 @@ def test_every_setting_is_listed_in_order():
     assert list(settings(Ship())) == [
         "name",
         "label",
-        *(f"engine.{name}" for name in ("power", "weight", "fuel", "parts", "colours", "on", "forced")),
+        *(f"engine.{name}" for name in ("power", "weight", "fuel", "gear", "parts", "colours", "on", "forced")),
         "learning_rate",
     ]
 

@@ -123,6 +123,14 @@ def test_stages_of_zero_are_three():
         LayoutConfig(zero=0)
 
 
+def test_states_on_hosts_that_have_no_such_memory(layout, monkeypatch):
+    monkeypatch.setattr("parallel.layout.HOST_MEMORY", "moon")
+    with pytest.raises(
+        LayoutError, match=r"needs moon memory, and the memories of these cpu devices are device.*'devi"
+    ):
+        with_config(layout, optimizer_states="host")
+
+
 def test_a_mesh_may_lack_axes():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     layout = Layout(mesh)
