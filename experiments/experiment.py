@@ -40,17 +40,6 @@ WITHOUT_EFFECT = (
 )
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
 
-ADDED = {
-    "mesh.sequence": "1",
-    "mesh.tensor": "1",
-    "layout.experts": "expert",
-    "layout.zero": "3",
-    "layout.sequence": "heads",
-    "layout.optimizer_states": "device",
-}
-"""Settings that runs of before did not have, with the values that these ran with: so set they leave fingerprints as
-they were."""
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -164,11 +153,7 @@ class Experiment:
 
     def fingerprint(self) -> str:
         """64 hex digits, the same for the same numbers: all settings count but those `WITHOUT_EFFECT`."""
-        counted = {
-            path: setting.text
-            for path, setting in settings(self).items()
-            if path not in WITHOUT_EFFECT and ADDED.get(path) != setting.text
-        }
+        counted = {path: setting.text for path, setting in settings(self).items() if path not in WITHOUT_EFFECT}
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def blueprint(self, mesh: Mesh | None = None) -> Blueprint:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.experiment import ADDED, Experiment
-from experiments.overrides import parse_changes, settings
+from experiments.overrides import parse_changes
 from experiments.run import load_experiment
 from moe.model.config import ConfigError
 
@@ -67,11 +66,6 @@ def test_the_fingerprint_follows_the_numbers_only():
         ("layout.experts", ("data",)),
     ]:
         assert TINY.vary({path: value}).fingerprint() != TINY.fingerprint()
-
-
-def test_settings_that_came_later_leave_the_fingerprints_of_earlier_runs():
-    defaults = {path: setting.text for path, setting in settings(Experiment(name="any", model=TINY.model)).items()}
-    assert {path: defaults[path] for path in ADDED} == ADDED
 
 
 def test_frozen_is_json():
