@@ -170,7 +170,8 @@ class _Process:
 
     def _say(self, line: str) -> None:
         self._write(line)
-        if not any(noise in line for noise in _NOISE):
+        # Process 0 sets its words apart with empty lines; the runtime writes some anywhere.
+        if not any(noise in line for noise in _NOISE) and (line or self.member.index == 0):
             self._show(f"[{self.member.index}] {line}")
 
     def _complain(self, line: str) -> None:

@@ -30,7 +30,7 @@ jax.config.update("jax_platforms", "cpu")
 initialize(Processes(sys.argv[1], 2, index), mesh_devices=4)
 told = {}
 mesh = make_mesh(MeshConfig(data=2, expert=2))
-told["process of each device"] = [[device.process_index for device in row] for row in mesh.devices[0]]
+told["process of each device"] = [[device.process_index for device in row] for row in mesh.devices.reshape(2, 2)]
 layout = Layout(mesh)
 told["share"] = layout.batch_share(12)
 wait_for_all("here")

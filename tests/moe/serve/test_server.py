@@ -20,6 +20,8 @@ from moe.serve.scheduler import Scheduler
 from moe.serve.server import Service, main
 
 KEY = "a secret"
+PATIENCE = 60
+"""Seconds for an answer, on a machine that may be busy compiling."""
 TALK = [{"role": "user", "content": "In the beginning"}]
 
 
@@ -151,7 +153,9 @@ def test_many_at_once_get_the_answers_that_they_get_alone(client, model):
 def test_a_client_that_goes_away_frees_its_slot(endless):
     body = {"prompt": "In", "max_tokens": 250}
     with serving(endless, key=None) as (address, scheduler):
-        with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as answer:
+        with httpx.stream(
+            "POST", f"{address}/v1/completions", json=body | {"stream": True}, timeout=PATIENCE
+        ) as answer:
             begin(answer)
             assert scheduler.busy == (1, 0)
         wait_until(lambda: scheduler.busy == (0, 0), 2)
@@ -163,12 +167,14 @@ def test_a_client_that_goes_away_frees_its_slot(endless):
 def test_a_full_queue_says_so_and_a_stopped_server_ends_what_is_open(endless):
     body = {"prompt": "In", "max_tokens": 250}
     with serving(endless, slots=1, queue=1, key=None) as (address, scheduler):
-        with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as running:
+        with httpx.stream(
+            "POST", f"{address}/v1/completions", json=body | {"stream": True}, timeout=PATIENCE
+        ) as running:
             lines = begin(running)
             told = []
             waiting = scheduler.submit([5], Sampling(max_tokens=3), told.append)
             assert scheduler.busy == (1, 1)
-            answer = httpx.post(f"{address}/v1/completions", json=body)
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE)
             assert answer.status_code == 503
             assert "waiting already" in answer.json()["error"]["message"]
             scheduler.cancel(waiting)

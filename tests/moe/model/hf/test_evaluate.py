@@ -75,7 +75,7 @@ def test_bad_inputs_are_named(tensors, message, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
-    [("tensor=2", "no axis is called 'tensor'"), ("data=x", "'x' is no whole number"), ("expert=3", "does not divide")],
+    [("wing=2", "no axis is called 'wing'"), ("data=x", "'x' is no whole number"), ("expert=3", "does not divide")],
 )
 def test_bad_meshes_are_named(mesh, message, tmp_path, capsys):
     inputs = str(GOLDEN / FIXTURES[0] / "reference.safetensors")
