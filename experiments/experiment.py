@@ -40,6 +40,8 @@ WITHOUT_EFFECT = (
 """Settings that leave every number of the training as it is. They may change from one start of a run to the next."""
 
 ADDED = {
+    "mesh.stage": "1",
+    "training.virtual_stages": "1",
     "mesh.sequence": "1",
     "mesh.tensor": "1",
     "layout.experts": "expert",

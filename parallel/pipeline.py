@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-STAGE_AXIS = "stage"
+from parallel.layout import STAGE_AXIS
 
 
 class PipelineError(ValueError):

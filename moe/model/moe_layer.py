@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.config import ModelConfig
+from moe.model.config import ModelConfig, RouterConfig
 from moe.model.dispatch import combine, dispatch
 from moe.model.execution import Execution
 from moe.model.experts import Experts, ExpertWeights, apply_experts
@@ -35,6 +35,11 @@ class MoEStats(NamedTuple):
     recycled: jax.Array
     entropy: jax.Array
     wire_bytes: jax.Array
+
+    def penalty(self, config: RouterConfig) -> jax.Array:
+        """f32[], what these layers add to the objective."""
+        aux_weight = config.aux_loss_weight if config.balance == "aux_loss" else 0.0
+        return aux_weight * self.aux_loss.sum() + config.z_loss_weight * self.z_loss.sum()
 
 
 class MoELayer(nnx.Module):
@@ -125,14 +130,7 @@ class MoELayer(nnx.Module):
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights), 0
         tokens = layout.activation_spec("BTD")
-        routed = jax.shard_map(
-            on_each_device,
-            mesh=layout.mesh,
-            in_specs=(tokens, tokens, tokens, self.experts.specs(layout)),
-            out_specs=tokens,
-            # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
-            check_vma=False,
-        )
+        routed = layout.shard_map(on_each_device, (tokens, tokens, tokens, self.experts.specs(layout)), tokens)
         rows = local_batch * length * experts_BTK.shape[-1]
         one_way = exchange.bytes_sent(
             rows,
