@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
-FSDP_AXES = ("stage", "data", "expert", "sequence")
+FSDP_AXES = ("data", "expert", "sequence", "stage")
 STAGE_AXIS = "stage"
 SEQUENCE_AXIS = "sequence"
 TENSOR_AXIS = "tensor"
@@ -143,6 +143,17 @@ class Layout:
         token, stay whole on each device of these axes, which then repeat the work between the products."""
         whole = (SEQUENCE_AXIS, TENSOR_AXIS)
         return replace(self, splits=next((axes for axes in (whole, whole[:1]) if length % self._size(axes) == 0), ()))
+
+    def refuse_stages(self, work: str) -> None:
+        """
+        Raises:
+            LayoutError: the layers are shared out, and `work` would have every stage do all of it.
+        """
+        if self.stages > 1:
+            raise LayoutError(
+                f"{work} over mesh.stage={self.stages}: only training goes through stages; "
+                "use these devices along mesh.tensor, mesh.expert or mesh.data"
+            )
 
     def on_each_stage(self) -> "Layout":
         """Inside `jax.shard_map` over `stage` alone: the layout over the other axes."""
@@ -286,8 +297,8 @@ class Layout:
         return self._present([TENSOR_AXIS])
 
     def _weight_spec(self, axes: str, layers: int, *, fsdp: bool) -> PartitionSpec:
-        """Layers go to stages where they divide. Vectors stay whole: splitting them saves nothing and costs a gather each. E leads in the experts' own
-        weights; in the router's w_DE it is an output width like any other."""
+        """Layers go to stages where they divide. Vectors stay whole otherwise: splitting them saves nothing and costs a
+        gather each. E leads in the experts' own weights; in the router's w_DE it is an output width like any other."""
         matrix = axes.removeprefix("L")
         staged = self._present([STAGE_AXIS]) if layers and matrix != axes and layers % self.stages == 0 else ()
         if len(matrix) < 2:

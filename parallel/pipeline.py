@@ -1,10 +1,14 @@
 """Pipeline parallelism: the schedule, and the moving of activations and gradients from stage to stage.
 
 A network is cut into S · v chunks of equal shape, and stage s of S has chunks s, S + s, 2S + s, … With v = 1 the order
-of work is 1F1B (arXiv 2006.09503), with v > 1 interleaved 1F1B (arXiv 2104.04473, section 2.2), both in lockstep: in one
-tick every stage takes one microbatch forward through a chunk and another one backward, and hands both on. A stage keeps
-a chunk's input from the forward to the backward pass, which computes the chunk anew. So what is kept does not grow with
-the number of microbatches M, and stages idle for (S-1) / (v·M) of the time that they work.
+of work is 1F1B (arXiv 2006.09503), with v > 1 interleaved 1F1B (arXiv 2104.04473, section 2.2), both in lockstep: in
+one tick every stage takes one microbatch forward through a chunk and another one backward, and hands both on. A stage
+keeps a chunk's input, and nothing else, from the forward to the backward pass, which computes the chunk anew. It keeps
+at most v·S + S - 1 of them, however many microbatches M there are, and idles for (S-1) / (v·M) of the time that it
+works.
+
+The lockstep costs memory: stages that wait for each other less strictly would keep S inputs with v = 1 instead of
+2S - 1. But every device then runs the same program, and none of its exchanges stands in a branch that others skip.
 """
 
 from collections.abc import Callable
@@ -150,8 +154,8 @@ class Turn(NamedTuple):
 class Network(NamedTuple):
     """What the pipeline computes. All functions run on one stage, inside `jax.shard_map` over `STAGE_AXIS`.
 
-    chunk: (weights, shared, x, Turn) -> (y, penalty f32[], told): a chunk's output, its addend to the objective and what
-        it tells. Chunk 0 takes its input from elsewhere and leaves x alone.
+    chunk: (weights, shared, x, Turn) -> (y, penalty f32[], told): a chunk's output, its addend to the objective and
+        what it tells. Chunk 0 takes its input from elsewhere and leaves x alone.
     head: (shared, y, microbatch) -> f32[], this stage's share of a microbatch's loss, of which the stages compute equal
         parts: y is the last chunk's output on the last stage (see `deal`).
     settle: what is done to the gradients of (one chunk's weights, shared) before they are added up.
@@ -280,7 +284,7 @@ class _Run:
         return carry._replace(x=self._handed_on(y, 1), kept=kept, told=told), y
 
     def _head(self, carry: _Carry, y: jax.Array, number: jax.Array) -> tuple[_Carry, jax.Array]:
-        """The loss of the microbatch that leaves the last chunk, if one does, and what its backward pass begins with."""
+        """The loss of the microbatch that leaves the last chunk, if one does, and the gradient that goes backward."""
 
         def compute(microbatch: jax.Array):
             share, backward = jax.vjp(lambda shared, y: self.network.head(shared, y, microbatch), self.shared, y)
@@ -309,7 +313,9 @@ class _Run:
         (_, penalty), backward = jax.vjp(again, self._chunk(local), self.shared, x)
         dweights, dshared, dx = backward((dy, jnp.ones_like(penalty)))
         dweights, dshared = self.network.settle(dweights, dshared)
-        dshared = jax.tree.map(lambda total, d: total + jnp.where(works, d, 0).astype(total.dtype), carry.dshared, dshared)
+        dshared = jax.tree.map(
+            lambda total, d: total + jnp.where(works, d, 0).astype(total.dtype), carry.dshared, dshared
+        )
         return carry._replace(
             dx=self._handed_on(dx, -1), dweights=_added(carry.dweights, dweights, local, works), dshared=dshared
         )

@@ -27,8 +27,14 @@ def pipelined_stack(config: ModelConfig) -> int:
 def check_stages(config: ModelConfig, stages: int, virtual_stages: int) -> None:
     """
     Raises:
-        ConfigError: the equal cross-layer groups of layers do not divide over the stages.
+        ConfigError: the longest run of equal cross-layer groups does not divide over the stages, or there is one stage
+            and more than one virtual one.
     """
+    if stages == 1 and virtual_stages > 1:
+        raise ConfigError(
+            f"training.virtual_stages={virtual_stages} with mesh.stage=1: there is nothing to interleave; "
+            "set mesh.stage to 2 or more, or virtual_stages=1"
+        )
     dense, repeat = layer_groups(config)[pipelined_stack(config)]
     chunks = stages * virtual_stages
     if repeat % chunks:
