@@ -17,6 +17,7 @@ from moe.model.precision import Precision
 from moe.train.data import DataConfig
 from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig
+from moe.train.pipelined import check_stages
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.tokenizer import SPECIAL
 from parallel.layout import (
@@ -68,6 +69,7 @@ class Experiment:
         if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r}: it names a folder, give one such as 'tiny'")
         self._check_batch()
+        self._check_pipeline()
         self._check_sharding()
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
@@ -115,6 +117,15 @@ class Experiment:
             raise ConfigError(
                 f"model.d_model={width} does not divide over {self._over(*FSDP_AXES)}, which share out the parameters: "
                 f"make d_model a multiple of {over}, or move devices from mesh.data to mesh.replica"
+            )
+
+    def _check_pipeline(self) -> None:
+        stages, virtual, microbatches = self.mesh.stage, self.training.virtual_stages, self.training.microbatches
+        check_stages(self.model, stages, virtual)
+        if virtual > 1 and microbatches % stages:
+            raise ConfigError(
+                f"training.microbatches={microbatches} with training.virtual_stages={virtual}: interleaving takes "
+                f"microbatches in groups of mesh.stage={stages}; use a multiple of {stages}, or virtual_stages=1"
             )
 
     def _split_sizes(self) -> dict[str, tuple[int, tuple[str, ...]]]:

@@ -9,6 +9,7 @@ Axes are the letters of the alphabet in WORKSPACE.md. What is split over which m
 | q_BTNH, h_BTF, logits_BTV | as tokens; heads N and M, width F, vocabulary V over tensor (arXiv 1909.08053) |
 | q_BSNH, k_BSMH, logits_BSE | whole sequences S; N and M over tensor, and where heads are exchanged over sequence too |
 | w_DNH, w_DF, w_VD, … | N, M, F, V over tensor; for storage, D over data x expert x sequence (FSDP), gathered for use |
+| stacked layers w_L… | L over stage, which else is one more FSDP axis |
 | experts w_EDF | E over `experts`; F over tensor where `experts` leaves it; for storage, D over the FSDP axes left |
 
 So attention and experts use the same devices differently: for attention `expert` is one more FSDP axis. Key-value heads
@@ -16,17 +17,18 @@ are never copied: there must be as many as devices that share them out.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
-FSDP_AXES = ("data", "expert", "sequence")
+FSDP_AXES = ("data", "expert", "sequence", "stage")
+STAGE_AXIS = "stage"
 SEQUENCE_AXIS = "sequence"
 TENSOR_AXIS = "tensor"
 TENSOR_LETTERS = "NMFV"
@@ -65,6 +67,11 @@ class LayoutConfig:
         unknown = [axis for axis in self.experts if axis not in known]
         if unknown or len(set(self.experts)) < len(self.experts):
             raise LayoutError(f"layout.experts={','.join(self.experts)}: give each once, of {', '.join(known)}")
+        if STAGE_AXIS in self.experts:
+            raise LayoutError(
+                f"layout.experts={','.join(self.experts)}: a stage has layers of its own, and all of their experts; "
+                "give other axes"
+            )
         if self.zero not in (1, 2, 3):
             raise LayoutError(
                 f"layout.zero={self.zero!r}: give 1 (optimizer states), 2 (and gradients) or 3 (and parameters); "
@@ -84,7 +91,7 @@ class Layout:
     An axis that the mesh lacks counts as 1. splits: the mesh axes that split sequences; see `for_length`.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     config: LayoutConfig = LayoutConfig()
     splits: tuple[str, ...] = (SEQUENCE_AXIS, TENSOR_AXIS)
 
@@ -117,6 +124,16 @@ class Layout:
         return self.config.sequence == "ring" and SEQUENCE_AXIS in self.splits and self._size([SEQUENCE_AXIS]) > 1
 
     @property
+    def stages(self) -> int:
+        """Devices that share out the layers."""
+        return self._size([STAGE_AXIS])
+
+    @property
+    def length_shards(self) -> int:
+        """Parts into which sequences are split between products."""
+        return self._size(self.splits)
+
+    @property
     def batch_shards(self) -> int:
         """Parts into which the batch is split."""
         return self._size(BATCH_AXES)
@@ -126,6 +143,35 @@ class Layout:
         token, stay whole on each device of these axes, which then repeat the work between the products."""
         whole = (SEQUENCE_AXIS, TENSOR_AXIS)
         return replace(self, splits=next((axes for axes in (whole, whole[:1]) if length % self._size(axes) == 0), ()))
+
+    def refuse_stages(self, work: str) -> None:
+        """
+        Raises:
+            LayoutError: the layers are shared out, and `work` would have every stage do all of it.
+        """
+        if self.stages > 1:
+            raise LayoutError(
+                f"{work} over mesh.stage={self.stages}: only training goes through stages; "
+                "use these devices along mesh.tensor, mesh.expert or mesh.data"
+            )
+
+    def on_each_stage(self) -> "Layout":
+        """Inside `jax.shard_map` over `stage` alone: the layout over the other axes."""
+        return replace(self, mesh=jax.sharding.get_abstract_mesh())
+
+    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`jax.shard_map` over all axes, or inside another one over those that it leaves."""
+        assert self.mesh is not None, "one device needs no shard_map"
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self._present(self.mesh.shape)),
+            # What a device does with its rows depends on it in ways the checker cannot follow; the equality tests
+            # stand in for it.
+            check_vma=False,
+        )
 
     def activation_spec(self, axes: str) -> PartitionSpec:
         """By the table above."""
@@ -138,19 +184,19 @@ class Layout:
 
     def used_spec(self, axes: str) -> PartitionSpec:
         """A weight in use: gathered over the FSDP axes, except that experts stay where they live."""
-        return self._weight_spec(axes, fsdp=False)
+        return self._weight_spec(axes, 0, fsdp=False)
 
-    def sharded_spec(self, axes: str) -> PartitionSpec:
-        """A weight shared out as finely as it is."""
-        return self._weight_spec(axes, fsdp=True)
+    def sharded_spec(self, axes: str, layers: int = 0) -> PartitionSpec:
+        """A weight shared out as finely as it is. layers: the size of L, where axes begin with it."""
+        return self._weight_spec(axes, layers, fsdp=True)
 
-    def stored_spec(self, axes: str) -> PartitionSpec:
+    def stored_spec(self, axes: str, layers: int = 0) -> PartitionSpec:
         """A weight at rest."""
-        return self._weight_spec(axes, fsdp=self.config.zero == 3)
+        return self._weight_spec(axes, layers, fsdp=self.config.zero == 3)
 
-    def gradient_spec(self, axes: str) -> PartitionSpec:
+    def gradient_spec(self, axes: str, layers: int = 0) -> PartitionSpec:
         """A weight's gradient once it is summed."""
-        return self._weight_spec(axes, fsdp=self.config.zero >= 2)
+        return self._weight_spec(axes, layers, fsdp=self.config.zero >= 2)
 
     def stored(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of a weight at rest.
@@ -158,11 +204,11 @@ class Layout:
         Raises:
             LayoutError: a size does not divide over its mesh axes.
         """
-        return self._checked(axes, shape, self.stored_spec(axes))
+        return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
-        sharding = self._checked(axes, shape, self.sharded_spec(axes))
+        sharding = self._checked(axes, shape, self.sharded_spec(axes, shape[0]))
         if sharding is None or self.config.optimizer_states == "device":
             return sharding
         return sharding.with_memory_kind(HOST_MEMORY)
@@ -211,15 +257,19 @@ class Layout:
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
-        return self._constrain(gradient, self.gradient_spec(axes))
+        return self._constrain(gradient, self.gradient_spec(axes, gradient.shape[0]))
 
     def shard(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight, or its gradient, shared out as the optimizer's states are."""
-        return self._constrain(weight, self.sharded_spec(axes))
+        return self._constrain(weight, self.sharded_spec(axes, weight.shape[0]))
 
     def sum_over_batch(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over all parts of the batch and its sequences, on every device."""
         return jax.lax.psum(x, self._token_axes) if self.mesh else x
+
+    def mean_over_devices(self, x: Any) -> Any:
+        """Inside `shard_map`: the mean over its devices of each array of a tree, on every one of them."""
+        return jax.lax.pmean(x, self._present(self.mesh.shape)) if self.mesh else x
 
     def sum_to_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """Inside `jax.shard_map`: a weight's gradient summed as by `sum_over_batch`, each device keeping the part that
@@ -273,14 +323,15 @@ class Layout:
     def _tensor(self) -> tuple[str, ...]:
         return self._present([TENSOR_AXIS])
 
-    def _weight_spec(self, axes: str, *, fsdp: bool) -> PartitionSpec:
-        """Vectors stay whole: splitting them saves nothing and costs a gather each. E leads in the experts' own
-        weights; in the router's w_DE it is an output width like any other."""
+    def _weight_spec(self, axes: str, layers: int, *, fsdp: bool) -> PartitionSpec:
+        """Layers go to stages where they divide. Vectors stay whole otherwise: splitting them saves nothing and costs a
+        gather each. E leads in the experts' own weights; in the router's w_DE it is an output width like any other."""
         matrix = axes.removeprefix("L")
+        staged = self._present([STAGE_AXIS]) if layers and matrix != axes and layers % self.stages == 0 else ()
         if len(matrix) < 2:
-            return self.whole_spec
-        splits = dict.fromkeys(TENSOR_LETTERS, self._tensor)
-        width = self._present(FSDP_AXES) if fsdp else ()
+            return PartitionSpec(staged) if staged else self.whole_spec
+        splits = dict.fromkeys(TENSOR_LETTERS, self._tensor) | {"L": staged}
+        width = tuple(axis for axis in self._present(FSDP_AXES) if axis not in staged) if fsdp else ()
         if matrix.startswith("E"):
             splits["E"] = self.expert_axes
             width = tuple(axis for axis in width if axis not in self.expert_axes)
@@ -290,7 +341,11 @@ class Layout:
         return PartitionSpec(*(splits.get(letter) or None for letter in axes))
 
     def _present(self, axes: Iterable[str]) -> tuple[str, ...]:
-        return tuple(axis for axis in axes if self.mesh and axis in self.mesh.shape)
+        if self.mesh is None:
+            return ()
+        # Of an outer shard_map's axes this device has one part, and nothing further is split over them.
+        outer = self.mesh.abstract_mesh.manual_axes
+        return tuple(axis for axis in axes if axis in self.mesh.shape and axis not in outer)
 
     def _size(self, axes: Iterable[str]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1

@@ -15,6 +15,7 @@ class MeshError(ValueError):
 class MeshConfig:
     """Devices along each axis; an axis of 1 is off. The order is outermost first: `tensor` varies fastest.
 
+    stage: devices that share out the layers (pipeline parallelism, parallel/pipeline.py).
     replica: copies of the parameters; each takes its share of the batch.
     data: shares of the batch over which parameters, gradients and optimizer states are sharded (FSDP, ZeRO-3).
     expert: devices that share out the experts; they take their share of the batch as well.
@@ -25,6 +26,7 @@ class MeshConfig:
     LayoutConfig (parallel/layout.py) says how else the axes are used.
     """
 
+    stage: int = 1
     replica: int = 1
     data: int = 1
     expert: int = 1

@@ -124,13 +124,7 @@ class Attention(nnx.Module):
                 "set 'auto' or 'chunked', or layout.sequence='heads'"
             )
         q, k, tokens = (layout.activation_spec(axes) for axes in ("BTNH", "BTMH", "BT"))
-        ring = jax.shard_map(
-            partial(ring_attention, axis=SEQUENCE_AXIS),
-            mesh=layout.mesh,
-            in_specs=(q, k, k, tokens),
-            out_specs=q,
-            check_vma=False,
-        )
+        ring = layout.shard_map(partial(ring_attention, axis=SEQUENCE_AXIS), (q, k, k, tokens), q)
         return ring(q_BTNH, kv.k_BSMH, kv.v_BSMH, sight.segments_BT)
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.config import ConfigError, ModelConfig, divisors
+from moe.model.config import ConfigError, ModelConfig, RouterConfig, divisors
 from moe.model.execution import Execution
 from moe.model.experts import Experts, ExpertWeights, apply_experts
 from moe.model.feed_forward import FeedForward
@@ -39,6 +39,11 @@ class MoEStats(NamedTuple):
     entropy: jax.Array
     wire_bytes: jax.Array
     across_bytes: jax.Array
+
+    def penalty(self, config: RouterConfig) -> jax.Array:
+        """f32[], what these layers add to the objective."""
+        aux_weight = config.aux_loss_weight if config.balance == "aux_loss" else 0.0
+        return aux_weight * self.aux_loss.sum() + config.z_loss_weight * self.z_loss.sum()
 
 
 class MoELayer(nnx.Module):
@@ -118,22 +123,14 @@ class MoELayer(nnx.Module):
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
-            if layout.mesh is not None:
-                sent = jax.lax.pmean(sent, layout.mesh.axis_names)
-            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD, sent
+            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD, layout.mean_over_devices(sent)
 
         weights = self.experts.weights(layout)
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")
-        routed = jax.shard_map(
-            on_each_device,
-            mesh=layout.mesh,
-            in_specs=(tokens, tokens, tokens, self.experts.specs(layout)),
-            out_specs=(tokens, layout.whole_spec),
-            # The row tables depend on the device in ways the checker cannot follow; the equality tests stand in for it.
-            check_vma=False,
-        )
+        specs = (tokens, tokens, tokens, self.experts.specs(layout))
+        routed = layout.shard_map(on_each_device, specs, (tokens, layout.whole_spec))
         return routed(x_BTD, experts_BTK, weights_BTK, weights)
 
     def _exchange(self, layout: Layout, limit: int) -> Exchange:

@@ -77,11 +77,29 @@ class Transformer(nnx.Module):
             layout: where arrays live.
             keep_layer_inputs: whether to return the residual stream before each layer.
         """
+        layout = layout.for_length(tokens_BT.shape[1])
+        sight = self.sight(tokens_BT, positions_BT, segments_BT)
+        x_BTD = self.embed(tokens_BT, layout)
+        found, inputs = [], []
+        for stack, scan in zip(self.stacks, self.scans(key, layout, keep_layer_inputs), strict=True):
+            x_BTD, cache, stats, inputs_LBTD = scan(stack, x_BTD, sight, cache)
+            if inputs_LBTD is not None:
+                inputs.append(inputs_LBTD)
+            if stats is not None:
+                found.append(stats)
+        return Output(
+            self.final_norm(x_BTD),
+            jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None,
+            cache,
+            jnp.concatenate(inputs) if keep_layer_inputs else None,
+        )
+
+    def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
+        """What each token may look at; None as in `__call__`."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
-        layout = layout.for_length(tokens_BT.shape[1])
         rope = self.config.rope
         tables = rope_tables(
             positions_BT,
@@ -90,8 +108,10 @@ class Transformer(nnx.Module):
             ntk_alpha=rope.ntk_alpha,
             frequencies=rope.frequencies,
         )
-        sight = Sight(positions_BT, segments_BT, tables)
+        return Sight(positions_BT, segments_BT, tables)
 
+    def embed(self, tokens_BT: jax.Array, layout: Layout) -> jax.Array:
+        """x_BTD, in the compute format."""
         with jax.named_scope("embedding"):
             # Gathered as stored, so that the gradients of a token seen often are summed in the stored format.
             embedding_VD = layout.gather(self.embedding_VD[...], "VD")
@@ -99,27 +119,24 @@ class Transformer(nnx.Module):
             if self.config.padding_id is not None:
                 is_padding_BT1 = (tokens_BT == self.config.padding_id)[..., None]
                 x_BTD = jnp.where(is_padding_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
-            x_BTD = layout.constrain(x_BTD.astype(self.precision.compute_dtype), "BTD")
-        found, inputs, first_layer, first_group = [], [], 0, 0
-        for stack, (dense, repeat) in zip(self.stacks, layer_groups(self.config), strict=True):
-            scan = _Scan(
-                self.execution.remat, first_layer, first_group, len(dense), repeat, key, layout, keep_layer_inputs
+            return layout.constrain(x_BTD.astype(self.precision.compute_dtype), "BTD")
+
+    def scans(self, key: jax.Array | None, layout: Layout, keep_layer_inputs: bool = False) -> list["GroupScan"]:
+        """One for each stack."""
+        found, first_layer, first_group = [], 0, 0
+        for dense, repeat in layer_groups(self.config):
+            found.append(
+                GroupScan(
+                    self.execution.remat, first_layer, first_group, len(dense), repeat, key, layout, keep_layer_inputs
+                )
             )
-            x_BTD, cache, stats, inputs_LBTD = scan(stack, x_BTD, sight, cache)
             first_layer += len(dense) * repeat
             first_group += repeat
-            if inputs_LBTD is not None:
-                inputs.append(inputs_LBTD)
-            if stats is not None:
-                found.append(stats)
+        return found
+
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         with jax.named_scope("final_norm"):
-            hidden_BTD = rms_norm(x_BTD, self.norm_D[...].astype(x_BTD.dtype), self.config.norm_eps)
-        return Output(
-            hidden_BTD,
-            jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None,
-            cache,
-            jnp.concatenate(inputs) if keep_layer_inputs else None,
-        )
+            return rms_norm(x_BTD, self.norm_D[...].astype(x_BTD.dtype), self.config.norm_eps)
 
     @property
     def head_weight_VD(self) -> jax.Array:
@@ -148,11 +165,11 @@ class Transformer(nnx.Module):
                 first += repeat * len(layers)
 
 
-class _Scan(NamedTuple):
+class GroupScan(NamedTuple):
     """One stack of equal groups as a loop over them. first_layer, first_group: how many come before."""
 
     remat: str
-    first_layer: int
+    first_layer: int | jax.Array
     first_group: int
     layers_per_group: int
     repeat: int

@@ -77,6 +77,7 @@ class HunyuanMoE:
         if isinstance(mesh, MeshConfig):
             mesh = make_mesh(mesh) if mesh.num_devices > 1 else None
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
+        layout.refuse_stages("generation")
         stored: Format = "float32" if pretrained.dtype == jnp.float32 else "bfloat16"
         compute = compute or stored
         precision = Precision(parameters=stored, compute=compute, gradients="float32", exchange=compute)

@@ -35,6 +35,7 @@ class TrainingConfig:
     steps: of the whole run; the learning rate's schedule ends there.
     seed: of initial values, shuffling and routing.
     microbatches: parts of each batch that are computed one after the other.
+    virtual_stages: parts of the layers that each of mesh.stage has; more make stages idle less and send more.
     loss_chunk: positions of each sequence whose logits exist at once.
     evaluate_every, checkpoint_every: steps; both happen after the last step as well.
     keep_checkpoints: newest ones that stay.
@@ -44,6 +45,7 @@ class TrainingConfig:
     steps: int = 300
     seed: int = 0
     microbatches: int = 1
+    virtual_stages: int = 1
     loss_chunk: int = 512
     evaluate_every: int = 100
     checkpoint_every: int = 100
@@ -163,7 +165,11 @@ class _Run:
         begin = time.perf_counter()
         config, blueprint = self.config, self.blueprint
         step = make_train_step(
-            blueprint, seed=config.seed, microbatches=config.microbatches, loss_chunk=config.loss_chunk
+            blueprint,
+            seed=config.seed,
+            microbatches=config.microbatches,
+            virtual_stages=config.virtual_stages,
+            loss_chunk=config.loss_chunk,
         )
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
         sequence_length = batch.tokens_BT.shape[1]

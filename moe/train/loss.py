@@ -68,12 +68,10 @@ def _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, *, with_gr
     if layout.mesh is None:
         return on_each_device(hidden_BTD, head_VD, targets_BT, weights_BT)
     tokens, stream, whole = layout.activation_spec("BT"), layout.activation_spec("BTD"), layout.whole_spec
-    walk = jax.shard_map(
+    walk = layout.shard_map(
         on_each_device,
-        mesh=layout.mesh,
-        in_specs=(stream, layout.used_spec("VD"), tokens, tokens),
-        out_specs=(whole, stream, layout.gradient_spec("VD")) if with_gradients else whole,
-        check_vma=False,
+        (stream, layout.used_spec("VD"), tokens, tokens),
+        (whole, stream, layout.gradient_spec("VD")) if with_gradients else whole,
     )
     return walk(hidden_BTD, head_VD, targets_BT, weights_BT)
 

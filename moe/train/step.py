@@ -14,6 +14,7 @@ from moe.model.parameter import SelectionBias
 from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
+from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
 from parallel.layout import Layout
 
@@ -56,7 +57,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    blueprint: Blueprint, *, seed: int, microbatches: int = 1, loss_chunk: int = 512
+    blueprint: Blueprint, *, seed: int, microbatches: int = 1, virtual_stages: int = 1, loss_chunk: int = 512
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step; it takes the state over (donated) and returns the next.
 
@@ -64,8 +65,14 @@ def make_train_step(
         seed: of the run; the step folds in its own number.
         microbatches: parts of the batch that are computed one after the other, their gradients summed. Routing's
             auxiliary losses are means over each part.
+        virtual_stages: chunks of the layers that each of the mesh's stages has; the microbatches then go through the
+            stages one after the other (parallel/pipeline.py).
         loss_chunk: positions whose logits exist at once.
+
+    Raises:
+        ConfigError: the layers do not divide over the stages.
     """
+    check_stages(blueprint.config, blueprint.layout.stages, virtual_stages)
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
@@ -78,8 +85,7 @@ def make_train_step(
         )
         total = loss / num_targets
         if stats is not None:
-            aux_weight = router.aux_loss_weight if router.balance == "aux_loss" else 0.0
-            total += (aux_weight * stats.aux_loss.sum() + router.z_loss_weight * stats.z_loss.sum()) / microbatches
+            total += stats.penalty(router) / microbatches
         return total, (loss, stats)
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
@@ -87,6 +93,19 @@ def make_train_step(
             take = jax.grad(objective, has_aux=True)
             grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
+            return blueprint.by_axes(layout.constrain_gradient, grads), told
+
+        if layout.stages > 1:
+            grads, *told = pipelined_gradients(
+                blueprint,
+                state.params,
+                state.balance,
+                jax.tree.map(lambda x: split_batch(x, microbatches, layout), batch),
+                key,
+                num_targets,
+                virtual_stages=virtual_stages,
+                loss_chunk=loss_chunk,
+            )
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 
         if microbatches == 1:

@@ -30,6 +30,13 @@ TINY = load_experiment(Path(__file__).parent.parent.parent / "experiments/tiny.p
         ({"mesh.sequence": 4, "layout.sequence": "ring", "data.sequence_length": 132}, "make it a multiple of 8, or"),
         ({"mesh.tensor": 2, "data.sequence_length": 129}, "data.sequence_length=129 does not divide over mesh.seq"),
         ({"mesh.tensor": 2, "model.d_expert": 65}, "model.d_expert=65 does not divide over mesh.tensor=2: make it"),
+        ({"mesh.stage": 3}, "do not divide over mesh.stage=3 x training.virtual_stages=1: make their product 1"),
+        ({"training.virtual_stages": 2}, "training.virtual_stages=2 with mesh.stage=1: there is nothing to interleave"),
+        (
+            {"mesh.stage": 2, "training.virtual_stages": 2, "model.num_layers": 8},
+            "training.microbatches=1 with training.virtual_stages=2: interleaving takes microbatches in groups of "
+            "mesh.stage=2; use a multiple of 2",
+        ),
         ({"layout.zero": 0}, "layout.zero=0: give one of 1, 2, 3"),
         ({"optimizer.warmup_steps": 500}, "optimizer.warmup_steps=500 with training.steps=120: warm up for fewer"),
         ({"model.vocab_size": 100}, "model.vocab_size=100: a byte-level tokenizer needs at least 261 ids"),

@@ -10,7 +10,7 @@ from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig, make_mesh
 
 BATCH = ("replica", "data", "expert")
-FSDP = ("data", "expert", "sequence")
+FSDP = ("data", "expert", "sequence", "stage")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def with_config(layout: Layout, **settings) -> Layout:
         ("VD", P(("tensor",), FSDP)),
         ("LDNH", P(None, FSDP, ("tensor",), None)),
         ("NHD", P(("tensor",), None, FSDP)),
-        ("EDF", P(("expert",), ("data", "sequence"), ("tensor",))),
-        ("LEFD", P(None, ("expert",), ("tensor",), ("data", "sequence"))),
+        ("EDF", P(("expert",), ("data", "sequence", "stage"), ("tensor",))),
+        ("LEFD", P(None, ("expert",), ("tensor",), ("data", "sequence", "stage"))),
         ("DE", P(FSDP, None)),
         ("D", P()),
         ("LH", P()),
@@ -42,9 +42,9 @@ def test_weights_at_rest(layout, axes, spec):
 @pytest.mark.parametrize(
     ("experts", "spec"),
     [
-        (("data",), P(("data",), ("expert", "sequence"), ("tensor",))),
-        (("data", "expert"), P(("data", "expert"), ("sequence",), ("tensor",))),
-        (("expert", "tensor"), P(("expert", "tensor"), ("data", "sequence"), None)),
+        (("data",), P(("data",), ("expert", "sequence", "stage"), ("tensor",))),
+        (("data", "expert"), P(("data", "expert"), ("sequence", "stage"), ("tensor",))),
+        (("expert", "tensor"), P(("expert", "tensor"), ("data", "sequence", "stage"), None)),
         ((), P(None, FSDP, ("tensor",))),
     ],
 )
@@ -102,7 +102,8 @@ def test_experts_stay_where_they_live_when_used(layout):
 @pytest.mark.parametrize(
     ("axes", "shape", "sentence"),
     [
-        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=1 = 4: "),
+        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=1 x "
+         "stage=1 = 4: "),
         ("DMH", (8, 3, 2), "axis M of w_DMH has size 3, which does not divide over tensor=2 = 2: make it a multiple of "
          "2, or use a mesh of 1 along these axes"),
     ],
@@ -114,7 +115,7 @@ def test_a_size_that_does_not_divide_names_axis_size_and_remedy(layout, axes, sh
 
 @pytest.mark.parametrize("experts", [("dat",), ("data", "data")])
 def test_experts_over_axes_that_are_none(experts):
-    with pytest.raises(LayoutError, match="give each once, of replica, data, expert, sequence, tensor"):
+    with pytest.raises(LayoutError, match="give each once, of stage, replica, data, expert, sequence, tensor"):
         LayoutConfig(experts=experts)
 
 
@@ -144,3 +145,12 @@ def test_without_a_mesh_nothing_happens():
     assert SINGLE_DEVICE.gather(x, "DF") is x
     assert SINGLE_DEVICE.stored("DF", (2, 3)) is None
     assert SINGLE_DEVICE.batch_shards == 1
+
+
+def test_work_that_stages_would_only_repeat_is_refused():
+    layout = Layout(make_mesh(MeshConfig(stage=2)))
+    with pytest.raises(
+        LayoutError, match="generation over mesh.stage=2: .* along mesh.tensor, mesh.expert or mesh.data"
+    ):
+        layout.refuse_stages("generation")
+    Layout(make_mesh(MeshConfig(tensor=2))).refuse_stages("generation")

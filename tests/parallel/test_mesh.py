@@ -5,7 +5,7 @@ from parallel.mesh import MeshConfig, MeshError, make_mesh
 
 def test_axes_and_sizes():
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"stage": 1, "replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
 
 
 def test_a_mesh_of_fewer_devices_takes_the_first():

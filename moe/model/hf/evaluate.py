@@ -41,6 +41,7 @@ def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout) -> None:
     Raises:
         ConfigError, WeightsError, LayoutError: see HfCheckpoint and load.
     """
+    layout.refuse_stages("evaluation of a checkpoint")
     checkpoint = HfCheckpoint(folder)
     tokens_BT = read_tokens(inputs, checkpoint.config.vocab_size)
     # Rows of padding fill the batch up until it divides over the mesh; they go to no expert and weigh nothing.
