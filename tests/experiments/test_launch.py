@@ -24,7 +24,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     ("arguments", "sentence"),
     [
         ([*LOCAL, "missing.py"], "missing.py: no such file; give an experiment file"),
-        ([*LOCAL, TINY, "--set", "mesh.data=1"], "--processes 2 x --devices 4 are 8 devices, and the mesh expert=4 has"),
+        ([*LOCAL, TINY, "--set", "mesh.data=1"], "--processes 2 x --devices 4 are 8 devices, and the mesh expert=4"),
         ([*LOCAL, TINY, "--set", "mesh.dat=1"], "there is no setting 'mesh.dat': did you mean data or mesh.data"),
         ([*LOCAL[:-1], "0", TINY], "--processes 2 --devices 0: give at least 1 of each"),
         ([*BATCH, "4", TINY], "--nodes 4 x --gpus-per-node 8 are 32 devices, and the mesh "),
