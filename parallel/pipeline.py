@@ -200,9 +200,9 @@ def deal(x_BTD: jax.Array, multiple: int) -> jax.Array:
 
     Zeros follow where a part's length is no multiple of `multiple`.
     """
-    is_last = jax.lax.axis_index(STAGE_AXIS) == jax.lax.axis_size(STAGE_AXIS) - 1
-    cards_BTSD = _cards(x_BTD, multiple)
-    return jax.lax.psum_scatter(jnp.where(is_last, cards_BTSD, 0), STAGE_AXIS, scatter_dimension=2, tiled=True)[:, :, 0]
+    # Not psum_scatter: for CPUs, XLA cannot compile a bfloat16 sum over some of the mesh's axes.
+    from_every_stage_BTSD = jax.lax.all_to_all(_cards(x_BTD, multiple), STAGE_AXIS, 2, 2, tiled=True)
+    return from_every_stage_BTSD[:, :, -1]
 
 
 def own_cards(x_BT: jax.Array, multiple: int) -> jax.Array:
@@ -245,9 +245,9 @@ class _Run:
         carry = self._scan(carry, 0, schedule.first_backward, backward=False)
         carry = self._scan(carry, schedule.first_backward, schedule.forward_ticks)
         carry = self._scan(carry, schedule.forward_ticks, schedule.ticks, forward=False)
-        return Outcome(
-            jax.lax.psum(carry.loss, STAGE_AXIS), carry.told, carry.dweights, jax.lax.psum(carry.dshared, STAGE_AXIS)
-        )
+        # In float32 for the reason given in `deal`.
+        dshared = jax.tree.map(lambda d: jax.lax.psum(d.astype(jnp.float32), STAGE_AXIS).astype(d.dtype), carry.dshared)
+        return Outcome(jax.lax.psum(carry.loss, STAGE_AXIS), carry.told, carry.dweights, dshared)
 
     def _begin(self, slots: int) -> _Carry:
         x = jnp.zeros(self.network.activations.shape, self.network.activations.dtype)
