@@ -14,12 +14,16 @@ from tests.moe.train.small_run import small_run
 
 PROMPTS = [[5, 6, 7], [9], [20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130, 140, 150, 160, 170, 180, 190]]
 
+LONGEST = 32
+"""Tokens of the longest text of these and what is generated, so that one shape is compiled."""
+
 
 def recomputed(model, prompt, count):
-    """Greedy tokens from the whole text each time, without a cache."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(model([tokens])[0, -1].argmax()))
+    """Greedy tokens from the whole text each time, without a cache. What follows the text does not count."""
+    tokens, length = list(prompt), len(prompt)
+    for last in range(length - 1, length - 1 + count):
+        rest = [0] * (LONGEST - len(tokens))
+        tokens.append(int(model([tokens + rest])[0, last].argmax()))
         if tokens[-1] in model.vocabulary.eos:
             return tokens[len(prompt) : -1]
     return tokens[len(prompt) :]
