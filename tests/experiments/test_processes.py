@@ -40,7 +40,7 @@ def test_two_processes_train_as_one(tmp_path):
     "changes",
     [
         {"mesh.data": 1, "mesh.expert": 1, "mesh.sequence": 4, "layout.sequence": "ring"},
-        {"mesh.data": 1, "mesh.expert": 2, "mesh.tensor": 2},
+        {"model.num_kv_heads": 2, "mesh.data": 1, "mesh.expert": 2, "mesh.tensor": 2},
     ],
     ids=["ring across processes", "experts across processes"],
 )
