@@ -7,7 +7,7 @@ import numpy as np
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 COLLECTIVE = re.compile(
     r"= (?P<result>.+?) (?P<kind>all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute)\("
-    r".*?replica_groups=(?P<groups>\{\{.*?\}\}|\[\S+?\]<=\[\S+?\](?:T\(\S+?\))?)"
+    r".*?replica_groups=(?P<groups>\{\{.*?\}\}|\[\S+?\]<=\[\S+?\](?:T\(\S+?\))?|mesh\[.*?\] \{.*?\})"
 )
 
 
@@ -46,7 +46,15 @@ def bytes_of(shapes: str) -> int:
 
 
 def groups_of(text: str) -> list[list[int]]:
-    """ "{{0,1},{2,3}}", or "[2,2]<=[4]" and "[2,2]<=[2,2]T(1,0)": an iota, reshaped, transposed, reshaped."""
+    """ "{{0,1},{2,3}}"; or "[2,2]<=[4]" and "[2,2]<=[2,2]T(1,0)": an iota, reshaped, transposed, reshaped; or, as newer
+    XLA writes it, "mesh['data'=2,'expert'=2] {'expert'}"."""
+    if text.startswith("mesh["):
+        mesh, _, along = text.partition("]")
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+        axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", along)]
+        members = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        members = np.moveaxis(members, axes, range(-len(axes), 0))
+        return members.reshape(-1, np.prod(members.shape[-len(axes) :])).tolist()
     if text.startswith("{{"):
         return [[int(member) for member in group.split(",")] for group in re.findall(r"\{?\{([\d,]+)\}", text)]
     shape, source, order = re.fullmatch(r"\[(.+?)\]<=\[(.+?)\](?:T\((.+?)\))?", text).groups()
