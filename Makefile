@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # A file of tests stays in one process, so that what its tests share is made once.
 WORKERS := -n logical --dist loadfile
 
-.PHONY: help train test test-full test-gpu-compile test-peers lint bench clean
+.PHONY: help train test test-full plan-setup test-gpu-compile test-peers lint bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,9 +35,14 @@ lint: $(VENV)/installed-dev ## formatting, style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy moe parallel experiments benchmarks
 
-test-gpu-compile: ## compile the GPU backends for an H20, without a GPU (downloads about 5 GB into .venv-plan)
-	test -d .venv-plan || $(PYTHON) -m venv .venv-plan
+plan-setup: .venv-plan/installed ## what compiling for GPUs needs, on a machine without one (about 5 GB into .venv-plan)
+
+.venv-plan/installed: requirements.txt requirements-dev.txt requirements-plan.txt
+	$(PYTHON) -m venv .venv-plan
 	.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
+	@touch $@
+
+test-gpu-compile: .venv-plan/installed ## what concerns GPUs: compile for H20s and others, without one
 	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
 
 test-peers: ## compare with Hugging Face's implementations (installs torch into .venv-peers)

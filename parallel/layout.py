@@ -100,9 +100,9 @@ class Layout:
         if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
             device = self.mesh.devices.flat[0]
             memories = [memory.kind for memory in device.addressable_memories()]
-            if HOST_MEMORY not in memories:
-                # Of a GPU that is only described, to compile for, JAX knows no memory, and would leave out the kind.
-                known = ", ".join(memories) or "not known"
+            # Of a GPU that is only described, to compile for, JAX knows no memory at all.
+            if memories and HOST_MEMORY not in memories:
+                known = ", ".join(memories)
                 raise LayoutError(
                     f"layout.optimizer_states='host' needs {HOST_MEMORY} memory, and the memories of these "
                     f"{device.platform} devices are {known}; set 'device'"

@@ -120,7 +120,7 @@ class Engine:
             tokens_BT[row, : len(prompt)], lengths_B[row], places_B[row] = prompt, len(prompt), slot
         idle = [Sampling()] * (rows - len(requests))
         settings = sampling_rows([sampling for _, sampling in requests] + idle, [0] * rows)
-        first_B, self._cache = _prefill(
+        first_B, self._cache = prefill(
             self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
             tokens_BT, lengths_B, places_B, settings,
         )  # fmt: skip
@@ -137,7 +137,7 @@ class Engine:
         rows = [self._slots.get(slot, idle) for slot in range(self.num_slots)]
         active_B = np.array([slot in self._slots for slot in range(self.num_slots)])
         settings = sampling_rows([row.sampling for row in rows], [row.generated for row in rows])
-        next_B, self._cache = _decode(
+        next_B, self._cache = decode(
             self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
             np.array([row.last for row in rows], np.int32), np.array([row.length for row in rows], np.int32),
             active_B, settings,
@@ -156,7 +156,7 @@ class Engine:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _prefill(
+def prefill(
     graph: nnx.GraphDef,
     layout: Layout,
     params: dict[str, Any],
@@ -185,7 +185,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(
+def decode(
     graph: nnx.GraphDef,
     layout: Layout,
     params: dict[str, Any],

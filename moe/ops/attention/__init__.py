@@ -12,6 +12,7 @@ from moe.ops.attention.chunked import chunked_attention
 from moe.ops.attention.cudnn import cudnn_attention
 from moe.ops.attention.dense import dense_attention
 from moe.ops.attention.view import View
+from parallel.platform import platform
 
 Backend = Literal["auto", "dense", "chunked", "cudnn"]
 
@@ -52,7 +53,7 @@ def attention(
     view = _view(q_BTNH, k_BSMH, query_positions_BT, segments_BT, segments_BS, causal)
     if backend == "auto":
         scores = q_BTNH.shape[1] * k_BSMH.shape[1]
-        backend = "cudnn" if jax.default_backend() == "gpu" else _fastest_on_cpu(scores)
+        backend = "cudnn" if platform() == "gpu" else _fastest_on_cpu(scores)
     if backend not in _BACKENDS:
         raise ValueError(f"execution.attention={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](q_BTNH, k_BSMH, v_BSMH, view)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.ops.attention.view import View
+from parallel.platform import platform
 
 
 def cudnn_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
@@ -12,10 +13,9 @@ def cudnn_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, vie
     Raises:
         ValueError: the platform is not a GPU, or the inputs are not bfloat16 or float16, as cuDNN's kernel needs.
     """
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         raise ValueError(
-            f'attention backend "cudnn" needs an NVIDIA GPU, this is {jax.default_backend()}: '
-            'use "dense", "chunked" or "auto"'
+            f'attention backend "cudnn" needs an NVIDIA GPU, this is {platform()}: use "dense", "chunked" or "auto"'
         )
     return cudnn_kernel(q_BTNH, k_BSMH, v_BSMH, view)
 

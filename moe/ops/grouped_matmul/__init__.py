@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moe.ops.grouped_matmul.blocked import blocked_matmul
 from moe.ops.grouped_matmul.ragged import ragged_matmul
 from moe.ops.grouped_matmul.triton import triton_matmul
+from parallel.platform import platform
 
 Backend = Literal["auto", "blocked", "ragged", "triton"]
 
@@ -41,7 +42,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
     if backend == "auto":
-        backend = "triton" if jax.default_backend() == "gpu" else "blocked"
+        backend = "triton" if platform() == "gpu" else "blocked"
     if backend not in _BACKENDS:
         raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](x_RD, w_EDF, sizes_E)

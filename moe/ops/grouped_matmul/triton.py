@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from parallel.platform import platform
+
 _ROWS = 64
 _WIDTHS = (128, 64, 32, 16)
 
@@ -21,10 +23,9 @@ def triton_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.
     Raises:
         ValueError: the platform is not a GPU, or D or F is no multiple of 16.
     """
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         raise ValueError(
-            f'grouped_matmul backend "triton" needs an NVIDIA GPU, this is {jax.default_backend()}: '
-            'use "blocked" or "auto"'
+            f'grouped_matmul backend "triton" needs an NVIDIA GPU, this is {platform()}: use "blocked" or "auto"'
         )
     return triton_kernels(x_RD, w_EDF, sizes_E, False)
 

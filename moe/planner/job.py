@@ -1,0 +1,80 @@
+"""What is planned: one step of training, of prefilling or of decoding, as plain settings."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from moe.model.config import ConfigError, ModelConfig, require_choice, require_positive
+from moe.model.execution import Execution
+from moe.model.precision import Precision
+from moe.train.optimizer import OptimizerConfig
+from parallel.layout import LayoutConfig
+from parallel.mesh import MeshConfig
+
+Kind = Literal["train", "prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    kind: "train" is a whole optimizer step; "prefill" takes `batch_size` prompts of `sequence_length` tokens into an
+        empty cache; "decode" makes one token more in each of `batch_size` texts, whose cache holds `sequence_length`.
+    steps: of the whole run, which the learning rate's schedule knows.
+    """
+
+    kind: Kind
+    model: ModelConfig
+    batch_size: int
+    sequence_length: int
+    precision: Precision = field(default_factory=Precision)
+    execution: Execution = field(default_factory=Execution)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    microbatches: int = 1
+    virtual_stages: int = 1
+    loss_chunk: int = 512
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        require_choice(self, "kind", get_args(Kind), area="job.")
+        require_positive(self, "batch_size", "sequence_length", "microbatches", "virtual_stages", area="job.")
+
+    @property
+    def tokens(self) -> int:
+        """Of one step over all devices."""
+        return self.batch_size * (1 if self.kind == "decode" else self.sequence_length)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    def fingerprint(self) -> str:
+        """64 hex digits, the same for the same settings."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def job_from_json(text: str) -> Job:
+    """The inverse of `Job.to_json`.
+
+    Raises:
+        ConfigError: it describes no job.
+    """
+    try:
+        return rebuilt(Job, json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the description of a job cannot be read: {error}") from error
+
+
+def rebuilt(kind: Any, value: Any) -> Any:
+    """`value`, `dataclasses.asdict` of an annotated kind after a journey through JSON, as that kind."""
+    if get_origin(kind) in (Union, UnionType):
+        return None if value is None else rebuilt(next(k for k in get_args(kind) if k is not type(None)), value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: rebuilt(hints[name], each) for name, each in value.items()})
+    if get_origin(kind) is tuple:
+        return tuple(rebuilt(get_args(kind)[0], each) for each in value)
+    return value

@@ -1,0 +1,69 @@
+"""A job's program, lowered for a mesh in shapes only: no array is made."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe.model.cache import empty_cache
+from moe.planner.job import Job
+from moe.serve.engine import Weights, decode, prefill
+from moe.serve.sampling import Sampling, sampling_rows
+from moe.train.data import Batch
+from moe.train.state import Blueprint, make_blueprint
+from moe.train.step import make_train_step
+from parallel.layout import Layout
+from parallel.platform import compiling_for
+
+
+def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
+    """The step that `job` describes, for the devices of `mesh`: the very function that runs.
+
+    Raises:
+        LayoutError: a parameter does not divide over the mesh.
+        ValueError: a backend that the chip does not have.
+    """
+    layout = Layout(mesh, job.layout)
+    blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
+    with compiling_for("gpu"):
+        return _lower_training(job, blueprint) if job.kind == "train" else _lower_serving(job, blueprint)
+
+
+def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
+    step: Any = make_train_step(
+        blueprint,
+        seed=0,
+        microbatches=job.microbatches,
+        virtual_stages=job.virtual_stages,
+        loss_chunk=job.loss_chunk,
+    )
+    sharding = blueprint.layout.activation("BT")
+    ints, floats = (
+        jax.ShapeDtypeStruct((job.batch_size, job.sequence_length), dtype, sharding=sharding)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    return step.lower(blueprint.abstract_state(), Batch(ints, ints, ints, ints, floats))
+
+
+def _lower_serving(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
+    layout = blueprint.layout
+    layout.refuse_stages("serving")
+    state = blueprint.abstract_state()
+    weights = Weights(job.model, job.precision, layout, state.params, state.balance)
+    make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype, layout)
+    where = layout.activation("BGSMH")
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
+    settings = sampling_rows([Sampling()] * job.batch_size, [0] * job.batch_size)
+    whole: Any = layout.whole()
+
+    def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    settings = jax.tree.map(lambda x: numbers(*x.shape, dtype=x.dtype), settings)
+    rows = numbers(job.batch_size)
+    given = (weights.graph(), layout, weights.params, weights.balance, cache)
+    if job.kind == "prefill":
+        return prefill.lower(*given, numbers(job.batch_size, job.sequence_length), rows, rows, settings)
+    return decode.lower(*given, rows, rows, numbers(job.batch_size, dtype=bool), settings)
