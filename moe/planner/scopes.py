@@ -1,5 +1,4 @@
-"""What an instruction is for: read from the named scopes in JAX's name of it, or from its neighbours' where XLA has lost
-it."""
+"""What an instruction is for: read from the named scopes in JAX's name of it, or in its neighbours' names."""
 
 import re
 from collections import Counter
