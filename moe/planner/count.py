@@ -7,13 +7,20 @@ with two bodies, and a turn peeled off stands before it.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe.planner.expected import key_blocks, routed_rows
 from moe.planner.hlo import HOST_MEMORY, Computation, Instruction, Module, Shape, parse
+from moe.planner.job import Job
 from moe.planner.kernels import CountError, Kernels
 from moe.planner.scopes import purpose
 from moe.planner.traffic import FREE, traffic
 from moe.planner.transfers import COLLECTIVES, Fabric, Journey, collective, to_host
 from moe.planner.work import Event, Loop, Start, Transfer, TransferKind, Wait, Work
 from parallel.mesh import MeshConfig
+
+
+def count_job(text: str, job: Job, devices_per_node: int) -> Work:
+    """The work of a job's own program, with a router that is even. Raises as `count`."""
+    return count(text, job.mesh, devices_per_node, routed_rows=routed_rows(job), key_blocks=key_blocks(job))
 
 
 def count(
