@@ -49,10 +49,9 @@ def test_cublas():
   %w = f8e4m3fn[16,32]{1,0} parameter(1)
   %s = f32[] parameter(2)
   ROOT %y = (bf16[64,16]{1,0}, s8[128]{0}) custom-call(%x, %w, %s), CONFIG"""
-    config = (
-        'custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
-        '"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}'
-    )
+    dims = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[]'
+    config = f'backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{dims}}}}}}}'
+    config = f'custom_call_target="__cublas$lt$matmul$f8", {config}'
     run = run_of(entry.replace("CONFIG", config))
     assert (run.kind, run.flops, run.shape, run.format) == ("matmul", 2.0 * 64 * 16 * 32, (1, 64, 16, 32), "f8e4m3fn")
 
