@@ -135,7 +135,7 @@ class _Counter:
             return None
         moved = traffic(self.module, computation, each)
         if result:
-            return to_host("to-host", moved.written)
+            return to_host("to-host", _result(each).bytes if each.opcode == "copy-start" else moved.written)
         return to_host("to-device", sum(size for size, host in zip(moved.read, operands, strict=True) if host))
 
     def _transfer(self, computation: Computation, each: Instruction, journey: Journey) -> Transfer:
