@@ -5,14 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import Sizes
+from moe.planner.sizes import BYTES, Sizes
 from moe.planner.work import Event, Run, Start, Transfer, TransferKind, Use, Wait
-
 
 Flags = dict[str, Any]
 """`recomputed` and `backward` of `work.Run` and `work.Transfer`."""
-
-BYTES_ON_WIRE = {"float32": 4, "bfloat16": 2}
 
 
 def alone(transfer: Transfer) -> tuple[Event, ...]:
@@ -229,29 +226,27 @@ class Layer:
 
     def _exchanges(self, flags: Flags) -> list[Transfer]:
         """There and back. The steps of a hierarchical one as one transfer, inside and across at once."""
-        s, K = self.sizes, self.sizes.model.router.top_k
-        row = s.model.d_model * BYTES_ON_WIRE[s.job.precision.exchange]
-        axes, name = s.job.layout.experts, s.job.execution.exchange
-        found = []
+        s, name = self.sizes, self.sizes.job.execution.exchange
+        row = float(s.model.d_model * BYTES[s.job.precision.exchange])
+        axes, found = s.job.layout.experts, []
         for way in ("send", "bring_back"):
             if name == "padded":
                 one = self._named(way, "exchange", "all-to-all", axes, s.buffer * row, flags)
             elif name == "ragged":
                 one = self._named(way, "exchange", "ragged-all-to-all", axes, s.rows * row, flags)
             elif name == "gathered":
-                kind = "all-gather" if way == "send" else "reduce-scatter"
+                kind: TransferKind = "all-gather" if way == "send" else "reduce-scatter"
                 one = self._named(way, "exchange", kind, axes, s.expert_devices * s.rows * row, flags)
             else:
-                one = self._hierarchical(way, name, row, K, flags)
+                one = self._hierarchical(way, row, flags)
             found.append(one)
         return found
 
-    def _hierarchical(self, way: str, name: str, row: int, K: int, flags: Flags) -> Transfer:
-        s = self.sizes
-        ragged = name == "ragged_hierarchical"
-        flat = self._named(
-            way, "exchange", "ragged-all-to-all" if ragged else "all-to-all", s.job.layout.experts, 1.0, flags
-        )
+    def _hierarchical(self, way: str, row: float, flags: Flags) -> Transfer:
+        s, K = self.sizes, self.sizes.model.router.top_k
+        ragged = s.job.execution.exchange == "ragged_hierarchical"
+        kind: TransferKind = "ragged-all-to-all" if ragged else "all-to-all"
+        flat = self._named(way, "exchange", kind, s.job.layout.experts, 1.0, flags)
         N, near = flat.nodes, flat.devices // flat.nodes
         limit = s.block // max(1, s.experts)
         if ragged:
@@ -310,12 +305,11 @@ class Layer:
                 found += [rows, replace(event, name=event.name + "_dw", shape=shape, **flags)]
         return found
 
-    def _named(self, name, use: Use, kind, axes, size: float, flags: Flags) -> Transfer:
-        return self.sizes.transfer(
-            self._name(name, use, "", bool(flags.get("backward"))), use, kind, axes, size, **flags
-        )
+    def _named(
+        self, name: str, use: Use, kind: TransferKind, axes: tuple[str, ...], size: float, flags: Flags
+    ) -> Transfer:
+        full = self._name(use, name, backward=flags.get("backward", False))
+        return self.sizes.transfer(full, use, kind, axes, size, **flags)
 
-    def _name(self, *parts: str | bool) -> str:
-        return ".".join(
-            [str(self.place), *(part for part in parts[:-1] if part), "backward" if parts[-1] else "forward"]
-        )
+    def _name(self, *parts: str, backward: bool) -> str:
+        return ".".join([str(self.place), *parts, "backward" if backward else "forward"])
