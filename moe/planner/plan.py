@@ -16,10 +16,11 @@ from moe.planner.compile import Facts, compile_job
 from moe.planner.job import Job
 from moe.planner.predict import Prediction, predict
 from moe.planner.totals import Exchange, Spent, exchanges_of, spent_by_use
-from moe.planner.unbalanced import LOADS, Skew, skew_of, skewed
+from moe.planner.unbalanced import LOADS, Skew, skew_of
 from moe.planner.work import Memory, Work
 from parallel.network.cluster import Cluster
 from parallel.network.links import Links
+from parallel.pipeline import Schedule
 
 Progress = Callable[[str], None]
 
@@ -115,16 +116,6 @@ class Plan:
         return self.work.flops * self.devices / self.model_flops
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.job.tokens / self.prediction.seconds
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation, of the chip's bfloat16 rate (or float16's where it has no bfloat16), as PaLM defines
-        it (arXiv 2204.02311, appendix B)."""
-        return self.model_flops / self.prediction.seconds / self.devices / (self.chip.bf16 or self.chip.fp16)
-
-    @property
     def memory_fraction(self) -> float:
         """What JAX must be allowed of a GPU's memory (XLA_CLIENT_MEM_FRACTION): all but CUDA's and NCCL's room."""
         return max(0.0, 1 - (self.room.cuda + self.room.nccl) / self.chip.memory)
@@ -142,7 +133,7 @@ class Plan:
     @property
     def chip_hours_per_trillion(self) -> float:
         """Hours of one chip for 1e12 tokens."""
-        return 1e12 / self.tokens_per_second * self.devices / 3600
+        return 1e12 / self.prediction.tokens_per_second * self.devices / 3600
 
 
 def make_plan(
@@ -177,17 +168,31 @@ def planned(
 ) -> Plan:
     """The plan of a step whose work and memory are known."""
     parameters, active, flops = model_size(job)
+
+    def timed(load: float) -> Prediction:
+        return predict(
+            work, chip, cluster, tokens=job.tokens, model_flops=flops, links=links, load=load, idle=idle_share(job)
+        )
+
     skews = [skew for load in LOADS if (skew := skew_of(job, load)) is not None]
     return Plan(
         job, chip, cluster, work, memory,
-        prediction=predict(work, chip, cluster, links),
+        prediction=timed(1.0),
         facts=facts,
         room=room_of(work, memory),
         parameters=parameters,
         active=active,
         model_flops=flops,
-        unbalanced=tuple(Unbalanced(skew, predict(skewed(work, skew), chip, cluster, links)) for skew in skews),
+        unbalanced=tuple(Unbalanced(skew, timed(skew.kept)) for skew in skews),
     )  # fmt: skip
+
+
+def idle_share(job: Job) -> float:
+    """Of a pipeline's ticks, those in which a stage has nothing to do."""
+    if job.mesh.stage == 1:
+        return 0.0
+    schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
+    return schedule.bubble / (1 + schedule.bubble)
 
 
 def check_filled(job: Job, cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ router          one entry a load: load and kept times the mean, over_capacity as
 arithmetic      of one GPU in a step: executed_flops, model_flops, executed_to_model, moved_bytes, by_use, by_format
 exchanges       of one GPU in a step, by kind and mesh axes: count, inside_bytes and across_bytes sent,
                 hidden_seconds beside arithmetic, exposed_seconds
-prediction      step_seconds, uncertainty (a share of it), terms_seconds (they add up to it), uses_seconds,
+prediction      step_seconds, between low_seconds and high_seconds; terms_seconds and uses_seconds each add up to it;
                 tokens_per_second, mfu, chip_hours_per_1e12_tokens
 compiling       seconds, host_bytes, jax; null where nothing was compiled
 assumptions     sentences
@@ -123,10 +123,11 @@ def _exchange(each: Any) -> dict[str, Any]:
 def _prediction(plan: Plan) -> dict[str, Any]:
     return {
         "step_seconds": plan.prediction.seconds,
-        "uncertainty": plan.prediction.uncertainty,
+        "low_seconds": plan.prediction.low,
+        "high_seconds": plan.prediction.high,
         "terms_seconds": dict(plan.prediction.terms),
         "uses_seconds": dict(plan.prediction.uses),
-        "tokens_per_second": plan.tokens_per_second,
-        "mfu": plan.mfu,
+        "tokens_per_second": plan.prediction.tokens_per_second,
+        "mfu": plan.prediction.mfu,
         "chip_hours_per_1e12_tokens": plan.chip_hours_per_trillion,
     }

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from moe.planner.pictures import draw_bars, draw_memory, named
 from moe.planner.plan import Plan
+from moe.planner.predict import Prediction
 from moe.planner.report import Report, Section, table
 from moe.planner.totals import flops_by_format
 from moe.planner.units import amount, digits, flop, gib, number, seconds, share, times
@@ -44,7 +45,13 @@ def pictures_of(plan: Plan) -> dict[str, Figure]:
     prediction = plan.prediction
     return {
         "memory": draw_memory(plan.memory, plan.chip.memory, plan.room.total),
-        "time": draw_bars({"by term": prediction.terms, "by use": prediction.uses}, "seconds of a step"),
+        "time": draw_bars(
+            {
+                label: {named(part): spent for part, spent in parts.items() if spent}
+                for label, parts in (("by term", prediction.terms), ("by use", prediction.uses))
+            },
+            "seconds of a step",
+        ),
     }
 
 
@@ -57,10 +64,11 @@ def verdict(plan: Plan) -> str:
         else f"does not fit: {taken} and {gib(plan.room.total)} of room are {gib(-plan.spare)} over a GPU's {limit}"
     )
     prediction = plan.prediction
-    return (
-        f"{fits} · {seconds(prediction.seconds)} a step (± {prediction.uncertainty:.0%}, predicted) · "
-        f"{digits(plan.tokens_per_second)} tokens/s · MFU {plan.mfu:.1%}"
-    )
+    return f"{fits} · {_step(prediction)} · {digits(prediction.tokens_per_second)} tokens/s · MFU {prediction.mfu:.1%}"
+
+
+def _step(prediction: Prediction) -> str:
+    return f"{seconds(prediction.seconds)} a step ({seconds(prediction.low)} to {seconds(prediction.high)}, predicted)"
 
 
 def _summary(plan: Plan) -> Section:
@@ -68,16 +76,20 @@ def _summary(plan: Plan) -> Section:
     network = f"{cluster.nics_per_node} x {cluster.nic_rate:g} Gb/s {cluster.fabric} a node" + (
         ", GPUDirect RDMA" if cluster.gpudirect else ", staged through the host"
     )
-    low, high = (plan.mfu / (1 + sign * plan.prediction.uncertainty) for sign in (1, -1))
+    prediction = plan.prediction
+    best, worst = (prediction.mfu * prediction.seconds / bound for bound in (prediction.low, prediction.high))
     rows = [
         ("model", f"{number(plan.parameters)} parameters, {number(plan.active)} active for a token"),
         ("step", f"{job.batch_size:,} sequences of {job.sequence_length:,}: {job.tokens:,} tokens"),
         ("mesh", f"{job.mesh.text}; experts over {' x '.join(job.layout.experts) or 'none'}, ZeRO-{job.layout.zero}"),
         ("cluster", f"{cluster.nodes} x {cluster.gpus_per_node} {plan.chip.device}, {cluster.gpu_link}"),
         ("network", network if cluster.nodes > 1 else "one node, none"),
-        ("step time", f"{seconds(plan.prediction.seconds)} ± {plan.prediction.uncertainty:.0%}, predicted"),
-        ("tokens/s", f"{digits(plan.tokens_per_second)}, {digits(plan.tokens_per_second / plan.devices)} a GPU"),
-        ("MFU", f"{plan.mfu:.1%} ({low:.1%} to {high:.1%})"),
+        ("time", _step(prediction)),
+        (
+            "tokens/s",
+            f"{digits(prediction.tokens_per_second)}, {digits(prediction.tokens_per_second_per_gpu)} a GPU",
+        ),
+        ("MFU", f"{prediction.mfu:.1%} ({worst:.1%} to {best:.1%})"),
         ("1e12 tokens", f"{digits(plan.chip_hours_per_trillion)} hours of one {plan.chip.name}"),
         (
             "compiling",
@@ -176,7 +188,8 @@ def _transfers(plan: Plan) -> Section:
     rows = [
         (
             each.kind, " x ".join(each.axes) or "–", ", ".join(map(named, each.uses)),
-            f"{each.devices} on {each.nodes}", f"{each.count:,.0f}", amount(each.inside), amount(each.across), seconds(each.hidden), seconds(each.exposed),
+            f"{each.devices} on {each.nodes}", f"{each.count:,.0f}", amount(each.inside), amount(each.across),
+            seconds(each.hidden), seconds(each.exposed),
         )
         for each in plan.exchanges
     ]  # fmt: skip
@@ -203,7 +216,7 @@ def _transfers(plan: Plan) -> Section:
 
 def _time(plan: Plan) -> Section:
     whole = plan.prediction.seconds
-    rows = [(term, seconds(time), share(time, whole)) for term, time in plan.prediction.terms.items()]
+    rows = [(named(term), seconds(time), share(time, whole)) for term, time in plan.prediction.terms.items() if time]
     rows.append(("step", seconds(whole), "100%"))
     return Section("Predicted step time", table(("term", "seconds", "share"), rows), picture="time")
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from moe.planner.predict import Prediction
+from moe.planner.predict import Prediction, TransferTime
 from moe.planner.work import Run, Transfer, TransferKind, Use, Work
 
 
@@ -74,18 +74,21 @@ def exchanges_of(work: Work, prediction: Prediction) -> tuple[Exchange, ...]:
     groups: dict[tuple[object, ...], list[tuple[float, Transfer]]] = defaultdict(list)
     for count, each in work.transfers():
         groups[each.kind, each.axes, each.devices, each.nodes].append((count, each))
-    found = [_exchange(group, prediction) for group in groups.values()]
+    spent: dict[str, list[TransferTime]] = defaultdict(list)
+    for time in prediction.transfers:
+        spent[time.name].append(time)
+    found = [_exchange(group, spent) for group in groups.values()]
     return tuple(sorted(found, key=lambda each: (-each.exposed, -each.hidden, -each.across, -each.inside)))
 
 
-def _exchange(group: list[tuple[float, Transfer]], prediction: Prediction) -> Exchange:
+def _exchange(group: list[tuple[float, Transfer]], spent: dict[str, list[TransferTime]]) -> Exchange:
     first = group[0][1]
-    names = {each.name for _, each in group}
+    times = [time for name in {each.name for _, each in group} for time in spent[name]]
     return Exchange(
         first.kind, first.axes, tuple(dict.fromkeys(each.use for _, each in group)), first.devices, first.nodes,
         count=sum(count for count, _ in group),
         inside=sum(count * each.inside for count, each in group),
         across=sum(count * each.across for count, each in group),
-        hidden=sum(prediction.hidden.get(name, 0.0) for name in names),
-        exposed=sum(prediction.exposed.get(name, 0.0) for name in names),
+        hidden=sum(time.hidden for time in times),
+        exposed=sum(time.exposed for time in times),
     )  # fmt: skip

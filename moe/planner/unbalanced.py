@@ -1,11 +1,10 @@
 """What an unbalanced router does to a step: the device with the most rows is the one that all wait for."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from moe.planner.job import Job
-from moe.planner.work import Event, Loop, Run, Start, Work
 
 LOADS = (1.0, 1.5, 2.0, 4.0)
 """Rows that choose the worst device's experts, times the mean over devices."""
@@ -41,23 +40,3 @@ def skew_of(job: Job, load: float) -> Skew | None:
     over = max(0.0, load - factor) + (devices - 1) * max(0.0, others - factor)
     fate: Literal["dropped", "recycled"] = "recycled" if router.overflow == "recycle" else "dropped"
     return Skew(load, devices, min(load, factor), over / devices, fate)
-
-
-def skewed(work: Work, skew: Skew) -> Work:
-    """The work of the device with the most rows.
-
-    The experts' products grow with its rows. So does what a ragged exchange sends; every other exchange sends blocks of
-    one size whatever is in them, and all else works on arrays of one size.
-    """
-    return replace(work, events=tuple(_scaled(event, skew.kept) for event in work.events))
-
-
-def _scaled(event: Event, factor: float) -> Event:
-    if isinstance(event, Loop):
-        return replace(event, body=tuple(_scaled(each, factor) for each in event.body))
-    if isinstance(event, Start) and event.transfer.kind == "ragged-all-to-all":
-        transfer = event.transfer
-        return Start(replace(transfer, inside=transfer.inside * factor, across=transfer.across * factor))
-    if isinstance(event, Run) and event.kind == "grouped_matmul":
-        return replace(event, flops=event.flops * factor)
-    return event

@@ -19,7 +19,7 @@ def amount(count: float) -> str:
 
 def seconds(time: float) -> str:
     """Seconds, milliseconds or microseconds, with three digits that count."""
-    if time == 0:
+    if abs(time) < 5e-10:
         return "0"
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if time * factor >= 1:
