@@ -125,7 +125,8 @@ class MoELayer(nnx.Module):
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
             return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD, layout.mean_over_devices(sent)
 
-        weights = self.experts.weights(layout)
+        with jax.named_scope("experts"):
+            weights = self.experts.weights(layout)
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")
