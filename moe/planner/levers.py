@@ -1,12 +1,11 @@
 """The levers that let a model train on what is at hand, each as what changes when it alone is turned."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moe.planner.equal_loss import SOURCE, dense_twin
 from moe.planner.job import Job
-from moe.planner.units import number
 from parallel.layout import FSDP_AXES
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
@@ -51,7 +50,9 @@ def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
 
 def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if job.precision.compute != "bfloat16":
-        return Variant("bfloat16", "on", "products and exchange in bfloat16", _formats("bfloat16", ("compute", "exchange")))
+        return Variant(
+            "bfloat16", "on", "products and exchange in bfloat16", _formats("bfloat16", ("compute", "exchange"))
+        )
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}
