@@ -64,11 +64,16 @@ NAMELESS = """  %w = f32[8]{0} parameter(0)
   %product = f32[8,8]{1,0} negate(%bitcast), metadata={op_name="jit(f)/experts/dot_general"}
   %sum = f32[8,8]{1,0} all-reduce(%product), to_apply=%add
   %after = f32[8,8]{1,0} negate(%sum), metadata={op_name="jit(f)/optimizer/mul"}
-  ROOT %root = f32[8,8]{1,0} copy(%after)"""
+  %other = f32[8]{0} copy(%w)
+  %both = (f32[8]{0}, f32[8,8]{1,0}) tuple(%other, %after)
+  %part = f32[8]{0} get-tuple-element(%both), index=0
+  %routed = f32[8]{0} negate(%part), metadata={op_name="jit(f)/router/neg"}
+  %copy = f32[8,8]{1,0} get-tuple-element(%both), index=1
+  ROOT %root = f32[8,8]{1,0} copy(%copy)"""
 
 
 @pytest.mark.parametrize(
-    ("name", "use"), [("gather", "experts"), ("sum", "experts"), ("root", "optimizer"), ("w", "experts")]
+    ("name", "use"), [("gather", "experts"), ("sum", "experts"), ("root", "optimizer"), ("other", "router")]
 )
 def test_what_has_lost_its_name_takes_its_neighbours(name, use):
     assert found_in(NAMELESS, name).use == use
