@@ -264,7 +264,8 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        return self._constrain(weight, self.used_spec(axes))
+        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
