@@ -43,6 +43,7 @@ class Efficiency:
     inside, across: of a link's rate, reached by a collective.
     host: of the PCIe rate, reached by copies to the host.
     launch: seconds between one kernel's end and the next one's beginning.
+    attention: share of a product's rate that an attention's products reach.
     attention_exposed: share of an attention's exponentials that products do not hide; backward as well.
     attention_backward: further share of the peak in the backward pass.
     error: relative, of a predicted step: the largest of leave-one-out.
@@ -57,6 +58,7 @@ class Efficiency:
     across: float = 0.85
     host: float = 0.8
     launch: float = 3e-6
+    attention: float = 1.0
     attention_exposed: float = 0.75
     attention_backward: float = 0.85
     error: float = 0.15
@@ -100,8 +102,7 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
     if run.kind == "attention":
         width = run.shape[3] if run.shape else HEAD_WIDTH
         exponentials = run.flops / (4 * width) / (2.5 if run.backward else 1.0)
-        if run.backward:
-            ceiling *= efficiency.attention_backward
+        ceiling *= efficiency.attention * (efficiency.attention_backward if run.backward else 1.0)
         exposed = exponentials * efficiency.attention_exposed / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
         return run.flops / (rate * ceiling) + exposed
     return run.flops / (chip.fp32 * efficiency.memory)
