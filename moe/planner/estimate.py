@@ -152,15 +152,18 @@ class _Step:
             s.transfer(f"stage.{way}", "other", "collective-permute", ("stage",), handed, backward=way == "back")
             for way in ("onward", "back")
         )
-        forward = (*self._embedding(), *(Loop(repeat, group.forward()) for group, repeat in groups), *alone(onward))
+        forward = (*self._embedding(), *(Loop(repeat, group.forward()) for group, repeat in groups))
         again = tuple(Loop(repeat, group.forward(recomputed=True)) for group, repeat in groups)
         each, last = (
             (
                 *(again if self.how.stages_recompute else ()),
                 *(Loop(repeat, group.backward(job.execution.remat, sums)) for group, repeat in reversed(groups)),
-                *alone(back),
             )
             for sums in (self._sums_of_each, self._sums_of_last)
+        )
+        forward, each, last = (
+            together([way], events) if self.how.hides_stages else (*events, *alone(way))
+            for way, events in ((onward, forward), (back, each), (back, last))
         )
         yield Loop(schedule.forward_ticks, forward)
         yield Loop(job.microbatches, tuple(self._head()))

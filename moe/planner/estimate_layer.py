@@ -227,12 +227,12 @@ class Layer:
         s, model = self.sizes, self.sizes.model
         D, F, passes = model.d_model, s.expert_width, self.how.passes
         buffer = s.buffer if self.how.full_buffers else s.rows
-        moved = (s.rows + 2 * buffer) / 3
+        moved = self._rows_moved() * D * passes
         yield s.pass_over("norm", "router", s.stream * D * passes, 3, **flags)
         yield s.product("w_router", "router", s.stream, model.num_experts, D, format="f32", **flags)
         if s.job.layout.splits_width:
             yield from alone(self._gather_stream("experts", flags))
-        yield s.pass_over("dispatch", "exchange", moved * D * passes, self.how.row_passes, **flags)
+        yield s.pass_over("dispatch", "exchange", moved, 1, **flags)
         send, *back = self._exchanges(flags)
         yield from alone(send)
         for name in ("gate", "up"):
@@ -241,9 +241,18 @@ class Layer:
         yield self._grouped("down", D, F, **flags)
         shared = tuple(self._feed_forward("shared_expert", flags, down=needed)) if model.num_shared_experts else ()
         yield from beside(back[0], *shared)
-        yield s.pass_over("combine", "exchange", moved * D * passes, self.how.row_passes, **flags)
+        yield s.pass_over("combine", "exchange", moved, 1, **flags)
         if s.job.layout.splits_width:
             yield from alone(self._scatter_stream("experts", flags))
+
+    def _rows_moved(self) -> float:
+        """Rows read and written between the residual stream and the experts, one way."""
+        s = self.sizes
+        if not self.how.fuses_rows:
+            return 2 * (s.rows + 2 * (s.buffer if self.how.full_buffers else s.rows))
+        if s.job.execution.exchange == "ragged_hierarchical":
+            return s.routed * (1 + 2 * self._reached(s.expert_devices)) + s.rows
+        return s.routed + s.rows * (1 if s.experts == 1 else 3)
 
     def _grouped(self, name: str, n: int, k: int, **flags: Any) -> Run:
         s = self.sizes

@@ -15,10 +15,13 @@ class Implementation:
     sums: the collective that sums a weight's gradient where its parts are kept by several devices.
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
         each; parameters are then gathered beside the first one.
+    hides_stages: whether what stages hand on travels while the next microbatch computes.
     stages_recompute: whether a pipeline's backward pass begins with the stage's forward pass.
     deals_head: whether all stages of a pipeline share the head's work, instead of the last having all of it.
     full_buffers: whether the kernels between exchange and experts work on buffers for the most rows that could come.
-    row_passes: times that rows are read or written on their way from the residual stream to the experts, and back.
+    fuses_rows: whether rows are put in order by one kernel before they travel, and by one after it where a device has
+        several experts; a hierarchical exchange then carries a token once to each device that it goes to. Ours are
+        gathered three times each way, in buffers.
     gate_passes: the same of the experts' hidden activations, between the products.
     passes: memory traffic of all kernels that only move numbers, in units of what is estimated.
     consecutive: whether each token's experts follow each other, as a benchmark's balanced router has it, instead of
@@ -32,10 +35,11 @@ class Implementation:
     gathers_stored: bool = True
     sums: Literal["all-reduce", "reduce-scatter"] = "all-reduce"
     sums_once: bool = False
+    hides_stages: bool = False
     stages_recompute: bool = True
     deals_head: bool = True
     full_buffers: bool = True
-    row_passes: float = 6.0
+    fuses_rows: bool = False
     gate_passes: float = 5.0
     passes: float = 1.0
     consecutive: bool = False
