@@ -6,6 +6,7 @@ Few numbers, each with a meaning and with what measurements of its own say of it
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ PRIORS = (
     Prior("busy", 0.90, 0.10, "idle gaps in profiles of eager PyTorch: up to a fifth"),
 )
 NOISE = 0.10
-"""Standard deviation of a speed's logarithm that no such model explains. Published speeds of one setup differ by so much:
-DeepSeek-V3's by 14% between 256 and 1024 GPUs, Mixtral 8x22B's by 7% between two reports."""
+"""Standard deviation of a speed's logarithm that no such model explains. Published speeds of one setup differ by so
+much: DeepSeek-V3's by 14% between 256 and 1024 GPUs, Mixtral 8x22B's by 7% between two reports."""
 
 
 def predict_row(row: Row, efficiency: Efficiency, work: Work | None = None) -> Prediction:
@@ -85,7 +86,8 @@ def fit(rows: tuple[Row, ...]) -> Efficiency:
 
 
 def _with(values: np.ndarray) -> Efficiency:
-    return replace(CALIBRATED, **{prior.field: float(value) for prior, value in zip(PRIORS, values, strict=True)})
+    fields: dict[str, Any] = {prior.field: float(value) for prior, value in zip(PRIORS, values, strict=True)}
+    return replace(CALIBRATED, **fields)
 
 
 def leave_one_out(rows: tuple[Row, ...]) -> dict[str, float]:

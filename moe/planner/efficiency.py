@@ -53,9 +53,10 @@ class Efficiency:
     grouped_tile: rows and columns of the grouped kernel's output tile, ours (moe/ops/grouped_matmul/triton.py); None
         for a library's, which chooses.
     attention: share of a product's rate that an attention's products reach, beside the exponentials.
-    attention_backward: further share in the backward pass; attention_exposed: share of the exponentials that products
-        do not hide. With both, an H100 reaches 570 TFLOP/s forward and 430 backward, as FlashAttention-3 does for
-        causal heads of 128 at 4K (arXiv 2407.08608, figures 5 and 6).
+    attention_exposed, attention_exposed_backward: what products do not hide, of a score: exponentials, and in the
+        backward pass what softmax's gradient and its sums cost in their place. With both an H100 reaches 580 TFLOP/s
+        forward and 430 backward, as FlashAttention-3 does for causal heads of 128 at 4K (arXiv 2407.08608, figures 5
+        and 6), and an A100 190 backward, as FlashAttention-2 (arXiv 2307.08691, figure 6).
     attention_scores: scores computed for each that the mask lets through. Ours are 2: the call to cuDNN is given its
         mask, with the documents, as an array, so no block is skipped; a kernel that knows of causality has 1.
     host: of the PCIe rate, reached by copies to the host: 25 of 32 GB/s with pinned memory on PCIe 4.
@@ -63,18 +64,18 @@ class Efficiency:
     parallel_links: whether collectives inside nodes and across them have a stream each. XLA gives all of them one.
     """
 
-    matmul: float = 0.737
-    memory: float = 0.848
-    inside: float = 0.802
-    across: float = 0.845
+    matmul: float = 0.741
+    memory: float = 0.849
+    inside: float = 0.803
+    across: float = 0.846
     busy: float = 1.0
     error: float = 0.14
     matmul_cool: float = 0.92
     grouped: float = 0.9
     grouped_tile: tuple[int, int] | None = (64, 128)
     attention: float = 1.0
-    attention_backward: float = 0.85
     attention_exposed: float = 0.75
+    attention_exposed_backward: float = 5.0
     attention_scores: float = 2.0
     host: float = 0.8
     launch: float = 3e-6
@@ -117,13 +118,19 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
     if run.kind == "grouped_matmul":
         return run.flops / (ceiling * efficiency.grouped * _grouped_rate(run, chip, efficiency, rate))
     if run.kind == "attention":
-        width = run.shape[3] if run.shape else HEAD_WIDTH
         flops = run.flops * efficiency.attention_scores
-        exponentials = flops / (4 * width) / (2.5 if run.backward else 1.0)
-        ceiling *= efficiency.attention * (efficiency.attention_backward if run.backward else 1.0)
-        exposed = exponentials * efficiency.attention_exposed / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
-        return flops / (rate * ceiling) + exposed
+        exponentials = flops * _exposed_scores(run, efficiency) / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
+        return flops / (rate * ceiling * efficiency.attention) + exponentials
     return run.flops / (chip.fp32 * efficiency.memory)
+
+
+def _exposed_scores(run: Run, efficiency: Efficiency) -> float:
+    """Exponentials that products do not hide, for each of the attention's FLOPs: a score takes two products of the
+    head's width, and five in the backward pass."""
+    width = run.shape[3] if run.shape else HEAD_WIDTH
+    if run.backward and not run.recomputed:
+        return efficiency.attention_exposed_backward / (10 * width)
+    return efficiency.attention_exposed / (4 * width)
 
 
 def _grouped_rate(run: Run, chip: Chip, efficiency: Efficiency, rate: float) -> float:

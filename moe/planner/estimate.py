@@ -145,30 +145,36 @@ class _Step:
         (parallel/pipeline.py)."""
         job, s = self.job, self.sizes
         schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-        chunks = job.mesh.stage * job.virtual_stages
-        groups = [(group, repeat / chunks) for group, repeat in self.groups()]
+        groups = self._of_one_chunk(job.mesh.stage * job.virtual_stages)
         handed = float(s.stream * s.model.d_model * s.compute)
         onward, back = (
             s.transfer(f"stage.{way}", "other", "collective-permute", ("stage",), handed, backward=way == "back")
             for way in ("onward", "back")
         )
-        forward = (*self._embedding(), *(Loop(repeat, group.forward()) for group, repeat in groups))
+        layers: tuple[Event, ...] = tuple(Loop(repeat, group.forward()) for group, repeat in groups)
         again = tuple(Loop(repeat, group.forward(recomputed=True)) for group, repeat in groups)
         each, last = (
             (
-                *(again if self.how.stages_recompute else ()),
+                *(again if self.how.lockstep else ()),
                 *(Loop(repeat, group.backward(job.execution.remat, sums)) for group, repeat in reversed(groups)),
             )
             for sums in (self._sums_of_each, self._sums_of_last)
         )
-        forward, each, last = (
-            together([way], events) if self.how.hides_stages else (*events, *alone(way))
-            for way, events in ((onward, forward), (back, each), (back, last))
-        )
-        yield Loop(schedule.forward_ticks, forward)
+        yield Loop(schedule.forward_ticks, self._handing((*self._embedding(), *layers), onward))
         yield Loop(job.microbatches, tuple(self._head()))
-        yield Loop(schedule.forward_ticks - job.virtual_stages, each)
-        yield Loop(job.virtual_stages, last)
+        yield Loop(schedule.forward_ticks - job.virtual_stages, self._handing(each, back))
+        yield Loop(job.virtual_stages, self._handing(last, back))
+
+    def _handing(self, events: tuple[Event, ...], transfer: Transfer) -> tuple[Event, ...]:
+        return together([transfer], events) if self.how.hides_stages else (*events, *alone(transfer))
+
+    def _of_one_chunk(self, chunks: int) -> list[tuple[Group, float]]:
+        """Groups of layers of which every stage computes so many in a tick."""
+        groups = self.groups()
+        longest = max(repeat for _, repeat in groups)
+        return [
+            (group, repeat if self.how.lockstep and repeat != longest else repeat / chunks) for group, repeat in groups
+        ]
 
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes

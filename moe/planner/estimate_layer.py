@@ -198,12 +198,8 @@ class Layer:
         queries = s.tokens * model.num_heads // s.tensor * model.head_dim * s.compute
         keys = s.tokens * max(1, model.num_kv_heads // s.tensor) * model.head_dim * s.compute
         if s.job.layout.sequence == "ring":
-            kind, size, names = (
-                "collective-permute",
-                keys,
-                [f"{x}{i}" for i in range(s.over("sequence") - 1) for x in "kv"],
-            )
-            return [self._named(f"ring_{n}", "attention", kind, ("sequence",), size, flags) for n in names]
+            steps = [f"ring_{x}{i}" for i in range(s.over("sequence") - 1) for x in "kv"]
+            return [self._named(n, "attention", "collective-permute", ("sequence",), keys, flags) for n in steps]
         sizes = {"q": queries, "y": queries} | ({"k": keys, "v": keys} if self.projects_kv else {})
         return [
             self._named(f"heads_{n}", "attention", "all-to-all", ("sequence",), size, flags)
@@ -321,7 +317,7 @@ class Layer:
         return self._named("gather_stream", use, "all-gather", axes, self._stream_bytes(), flags)
 
     def _scatter_stream(self, use: Use, flags: Flags) -> Transfer:
-        kind = "reduce-scatter" if "tensor" in self.sizes.splits else "all-reduce"
+        kind: TransferKind = "reduce-scatter" if "tensor" in self.sizes.splits else "all-reduce"
         return self._named("scatter_stream", use, kind, ("tensor",), self._stream_bytes(), flags)
 
     def _stream_bytes(self) -> float:

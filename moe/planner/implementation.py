@@ -16,7 +16,8 @@ class Implementation:
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
         each; parameters are then gathered beside the first one.
     hides_stages: whether what stages hand on travels while the next microbatch computes.
-    stages_recompute: whether a pipeline's backward pass begins with the stage's forward pass.
+    lockstep: whether a pipeline is ours (parallel/pipeline.py): the backward pass begins with the stage's forward pass,
+        and layers outside the longest run of equal ones are computed by all stages in every tick.
     deals_head: whether all stages of a pipeline share the head's work, instead of the last having all of it.
     full_buffers: whether the kernels between exchange and experts work on buffers for the most rows that could come.
     fuses_rows: whether rows are put in order by one kernel before they travel, and by one after it where a device has
@@ -36,7 +37,7 @@ class Implementation:
     sums: Literal["all-reduce", "reduce-scatter"] = "all-reduce"
     sums_once: bool = False
     hides_stages: bool = False
-    stages_recompute: bool = True
+    lockstep: bool = True
     deals_head: bool = True
     full_buffers: bool = True
     fuses_rows: bool = False

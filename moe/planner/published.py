@@ -1,6 +1,7 @@
 """Published training speeds: what was trained, on what, and how fast it was."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
@@ -12,8 +13,8 @@ from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
 
 
-def _moe(V: int, D: int, L: int, N: int, M: int, H: int, E: int, K: int, F: int, **more) -> ModelConfig:
-    settings = {"num_shared_experts": 0, "qk_norm": "none", "tie_embeddings": False} | more
+def _moe(V: int, D: int, L: int, N: int, M: int, H: int, E: int, K: int, F: int, **more: Any) -> ModelConfig:
+    settings: dict[str, Any] = {"num_shared_experts": 0, "qk_norm": "none", "tie_embeddings": False} | more
     return ModelConfig(V, D, L, N, M, H, E, F, router=RouterConfig(top_k=K), **settings)
 
 
@@ -38,10 +39,10 @@ WINDOWED_SCORES = 0.5 * (1 + (128 * 129 / 2 + (4096 - 128) * 128) / (4096 * 4097
 
 MEGATRON = Implementation(
     prefetches=True, hides_tensor=True, gathers_stored=False, sums="reduce-scatter", sums_once=True,
-    hides_stages=True, stages_recompute=False, deals_head=False, full_buffers=False, fuses_rows=True, gate_passes=3,
+    hides_stages=True, lockstep=False, deals_head=False, full_buffers=False, fuses_rows=True, gate_passes=3,
 )  # fmt: skip
-"""Megatron-Core: distributed optimizer, its gathers and sums, and what interleaved stages hand on, beside the computation;
-the head on the last stage; fused permutation (megatron/core/transformer/moe/README.md)."""
+"""Megatron-Core: distributed optimizer; its gathers and sums, and what interleaved stages hand on, beside the
+computation; the head on the last stage; fused permutation (megatron/core/transformer/moe/README.md)."""
 AUTOMODEL = replace(MEGATRON, hides_tensor=False, hides_stages=False, consecutive=True)
 """NeMo Automodel: PyTorch's FSDP2 with prefetching, DeepEP, Transformer Engine; interleaved 1F1B by layers a stage
 (examples/benchmark/configs/*_te_deepep.yaml). Its benchmarks' FakeBalancedGate gives token i the experts K·i to
@@ -99,7 +100,7 @@ class Row:
         return self.tflops * 1e12 * self.devices / self.tokens_per_second
 
 
-def _job(model: ModelConfig, batch: int, mesh: MeshConfig, microbatches: int, **more) -> Job:
+def _job(model: ModelConfig, batch: int, mesh: MeshConfig, microbatches: int, **more: Any) -> Job:
     execution = Execution(exchange=more.pop("exchange", "ragged"), remat=more.pop("remat", "none"))
     return Job("train", model, batch, 4096, execution=execution, mesh=mesh, microbatches=microbatches, **more)
 
