@@ -78,7 +78,7 @@ def fit(rows: tuple[Row, ...]) -> Efficiency:
         return np.concatenate([np.array(found) / NOISE, (values - start) / doubt])
 
     values, step = start, 1e-4
-    for _ in range(6):
+    for _ in range(3):
         now = misses(values)
         slopes = [(misses(values + step * unit) - now) / step for unit in np.eye(len(values))]
         values = values - np.linalg.lstsq(np.stack(slopes, 1), now, rcond=None)[0]
@@ -95,18 +95,22 @@ def leave_one_out(rows: tuple[Row, ...]) -> dict[str, float]:
     return {row.name: error(row, fit(tuple(other for other in rows if other is not row))) for row in rows}
 
 
-def main() -> None:
-    fitted = fit(ROWS)
-    for prior in PRIORS:
-        value = getattr(fitted, prior.field)
-        print(f"{prior.field:8} {prior.value:.2f} ± {prior.doubt:.2f} → {value:.3f}  {prior.source}")
-    alone = leave_one_out(ROWS)
-    print(f"\n{'':24}{'published':>10}{'predicted':>10}{'error':>8}{'left out':>10}   TFLOP/s a GPU")
+def report(fitted: Efficiency, alone: dict[str, float]) -> str:
+    """
+    Args:
+        alone: of `leave_one_out`.
+    """
+    lines = [
+        f"{prior.field:8} {prior.value:.2f} ± {prior.doubt:.2f} → {getattr(fitted, prior.field):.3f}  {prior.source}"
+        for prior in PRIORS
+    ]
+    lines.append(f"\nTFLOP/s a GPU{'':11}{'published':>10}{'predicted':>10}{'error':>8}{'left out':>10}")
     for row in (*ROWS, *OTHERS):
         off = error(row, fitted)
         out = f"{alone[row.name]:+.1%}" if row.name in alone else "held out"
-        print(f"{row.name:24}{row.tflops:10.0f}{row.tflops * (1 + off):10.0f}{off:+8.1%}{out:>10}")
+        lines.append(f"{row.name:24}{row.tflops:10.0f}{row.tflops * (1 + off):10.0f}{off:+8.1%}{out:>10}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(report(fit(ROWS), leave_one_out(ROWS)))
