@@ -28,7 +28,7 @@ _STACKS = "stacks"
 
 def streams(layout: LayoutConfig, stages: int) -> bool:
     """Whether the update goes layer by layer. Layers that are shared out over stages are fetched together."""
-    return stages == 1 and "host" in (layout.gradients, layout.optimizer_states)
+    return stages == 1 and bool(layout.on_host)
 
 
 def check_landing(layout: LayoutConfig, stages: int, microbatches: int) -> None:
