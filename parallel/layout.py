@@ -215,6 +215,13 @@ class Layout:
         """
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
+    def divided(self, axes: str, shape: tuple[int, ...]) -> str:
+        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
+        that do not divide as the weight's do."""
+        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
+        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
+        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
         sharding = self._checked(axes, shape, self.sharded_spec(axes, shape[0]))
@@ -366,7 +373,7 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = (names,) if isinstance(names, str) else names or ()
+            names = _names(names)
             parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
@@ -375,6 +382,11 @@ class Layout:
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
+
+
+def _names(split: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:
