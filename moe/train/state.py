@@ -15,7 +15,7 @@ from moe.model.parameter import SelectionBias, is_spec, specs_of
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
-from moe.train.optimizer import OptimizerConfig, make_optimizer
+from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
 from parallel.layout import Layout
 
 
@@ -126,7 +126,12 @@ def make_blueprint(
     *,
     steps: int,
 ) -> Blueprint:
-    """Plans a run of `steps` steps. Makes no array."""
+    """Plans a run of `steps` steps. Makes no array.
+
+    Raises:
+        ConfigError: the optimizer does not go with the run's length, or with the parameters' format.
+    """
+    check_master_weights(optimizer, precision)
     model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
     graph = nnx.graphdef(model)
     specs = specs_of(model)
