@@ -168,7 +168,7 @@ def first_state(experiment: Experiment, blueprint: Blueprint) -> TrainState:
     if experiment.init_from is None:
         return blueprint.create_state(experiment.training.seed)
     pretrained = open_pretrained(Path(experiment.init_from))
-    params, _ = pretrained.load(blueprint.layout, experiment.precision.parameters)
+    params, _ = pretrained.load(blueprint.layout, experiment.precision.parameters, None)
     return blueprint.state_from(params)
 
 

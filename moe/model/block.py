@@ -96,6 +96,7 @@ class Group(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ) -> None:
+        self.in_turn = precision.quantized is not None
         self.blocks = nnx.List(
             Block(config, precision, execution, dense=is_dense, projects_kv=place == 0, rngs=rngs)
             for place, is_dense in enumerate(dense)
@@ -113,9 +114,19 @@ class Group(nnx.Module):
         shared, found, inputs = None, [], []
         for place, block in enumerate(self.blocks):
             inputs.append(x_BTD)
+            if self.in_turn:
+                x_BTD, block = _in_turn(x_BTD, block)
             x_BTD, shared, stats = block(x_BTD, sight, shared, first_layer + place, key, layout, cache)
             if stats is not None:
                 found.append(stats)
         assert shared is not None, "a group has at least one layer"
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None
         return GroupOutput(x_BTD, stacked, shared.cache, inputs)
+
+
+def _in_turn(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, Block]:
+    """A layer whose weights are not gathered and widened before x_BTD is there: XLA would do so for a whole group's, to
+    overlap it, and memory is what weights are quantized for."""
+    graph, weights = nnx.split(block)
+    x_BTD, weights = jax.lax.optimization_barrier((x_BTD, weights))
+    return x_BTD, nnx.merge(graph, weights)

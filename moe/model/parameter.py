@@ -63,7 +63,7 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
-        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
+        return dequantize(placed(weight, axes, layout, layout.gather_as_stored), dtype)
     return layout.gather(weight.astype(dtype), axes)
 
 
@@ -74,6 +74,19 @@ def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], A
         return place(weight, axes)
     scales = place(weight.scales, layout.divided(axes, weight.scales.shape))
     return replace(weight, values=place(weight.values, axes), scales=scales)
+
+
+def stored(values: dict[str, Any], specs: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Where parameters live at rest, like `values`, which may be abstract. On a mesh.
+
+    Raises:
+        LayoutError: a parameter does not divide over the mesh.
+    """
+
+    def where(spec: ParameterSpec, weight: Any) -> Any:
+        return placed(weight, spec.axes, layout, lambda x, axes: layout.stored(axes, x.shape))
+
+    return jax.tree.map(where, specs, values, is_leaf=lambda x: isinstance(x, ParameterSpec))
 
 
 def specs_of(model: nnx.Module) -> dict[str, Any]:

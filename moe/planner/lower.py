@@ -12,7 +12,7 @@ from moe.planner.job import Job
 from moe.serve.engine import Weights, decode, prefill
 from moe.serve.sampling import Sampling, sampling_rows
 from moe.train.data import Batch
-from moe.train.state import Blueprint, make_blueprint
+from moe.train.state import make_blueprint
 from moe.train.step import make_train_step
 from parallel.layout import Layout
 from parallel.platform import compiling_for
@@ -26,12 +26,12 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
         ValueError: a backend that the chip does not have.
     """
     layout = Layout(mesh, job.layout)
-    blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
     with compiling_for("gpu"):
-        return _lower_training(job, blueprint) if job.kind == "train" else _lower_serving(job, blueprint)
+        return _lower_training(job, layout) if job.kind == "train" else _lower_serving(job, layout)
 
 
-def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
+def _lower_training(job: Job, layout: Layout) -> jax.stages.Lowered:
+    blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
     step: Any = make_train_step(
         blueprint,
         seed=0,
@@ -39,7 +39,7 @@ def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
         virtual_stages=job.virtual_stages,
         loss_chunk=job.loss_chunk,
     )
-    sharding = blueprint.layout.activation("BT")
+    sharding = layout.activation("BT")
     ints, floats = (
         jax.ShapeDtypeStruct((job.batch_size, job.sequence_length), dtype, sharding=sharding)
         for dtype in (jnp.int32, jnp.float32)
@@ -47,11 +47,9 @@ def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
     return step.lower(blueprint.abstract_state(), Batch(ints, ints, ints, ints, floats))
 
 
-def _lower_serving(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
-    layout = blueprint.layout
+def _lower_serving(job: Job, layout: Layout) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
-    state = blueprint.abstract_state()
-    weights = Weights(job.model, job.precision, layout, state.params, state.balance)
+    weights = Weights.abstract(job.model, job.precision, layout)
     make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype, layout)
     where = layout.activation("BGSMH")
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
