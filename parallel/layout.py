@@ -55,13 +55,17 @@ class LayoutConfig:
     sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
         sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
         heads need not divide (moe/ops/attention/ring.py).
-    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts'.
+    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts', from where the update
+        fetches one layer after the other (with mesh.stage above 1: all at once).
+    gradients: where those of the layers wait for the update: in the devices' memory, or in their hosts', where the
+        backward pass puts each layer's, in the parameters' format.
     """
 
     experts: tuple[str, ...] = ("expert",)
     zero: Literal[1, 2, 3] = 3
     sequence: Literal["heads", "ring"] = "heads"
     optimizer_states: Literal["device", "host"] = "device"
+    gradients: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         known = tuple(MeshConfig().sizes)

@@ -29,6 +29,11 @@ class ParameterSpec(NamedTuple):
     kind: Kind
 
 
+def is_spec(x: Any) -> bool:
+    """For `is_leaf`: whether x is one parameter's spec."""
+    return isinstance(x, ParameterSpec)
+
+
 class SelectionBias(nnx.Variable):
     """b_E f32: added to the router's scores when experts are chosen, and moved by balancing instead of gradients."""
 
