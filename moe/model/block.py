@@ -14,6 +14,7 @@ from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import norm_scale
 from moe.model.precision import Precision
+from moe.model.randomness import Purpose, layer_key
 from moe.ops.norm import rms_norm
 from parallel.layout import Layout
 
@@ -58,7 +59,8 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             with jax.named_scope("norm"):
                 normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
-            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache)
+            drawn = None if key is None else layer_key(key, layer, Purpose.ADAPTER_DROPOUT)
+            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache, drawn)
             x_BTD = layout.constrain(x_BTD + y_BTD, "BTD")
         with jax.named_scope("feed_forward"):
             with jax.named_scope("norm"):

@@ -34,7 +34,9 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
-    blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
+    blueprint = make_blueprint(
+        job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps, lora=job.lora
+    )
     step: Any = make_train_step(
         blueprint,
         seed=0,
