@@ -1,13 +1,14 @@
 """Pictures of a plan: memory over the program, the step's time by term and by use; and what each lever is worth."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from moe.planner.units import GIB
 from moe.planner.work import Memory, Part
@@ -70,6 +71,40 @@ def draw_bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
     handles = [axes.barh(0, 0, color=colours[name]) for name in names]
     axes.legend(
         handles, names, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()),
+        fontsize=8, labelcolor=INK,
+    )  # fmt: skip
+    return figure
+
+
+def draw_factors(bars: Mapping[str, Mapping[str, tuple[float, bool]]], groups: Sequence[str], label: str) -> Figure:
+    """A row of horizontal bars for each name, one for each group: a factor that starts from 1, on a scale of ratios; and
+    whether it can be had: pale bars are for what cannot."""
+    figure, axes = _axes(1.2 + (0.22 * len(groups) + 0.14) * len(bars))
+    thick = 0.86 / max(1, len(groups))
+    for place, factors in enumerate(bars.values()):
+        for turn, group in enumerate(groups):
+            if group in factors:
+                factor, real = factors[group]
+                height = place + (turn - (len(groups) - 1) / 2) * thick
+                colour = COLOURS[turn % len(COLOURS)]
+                axes.barh(height, factor - 1, left=1, height=0.9 * thick, color=colour, alpha=1 if real else 0.35)
+                note = f" {factor:.2f} x" + ("" if real else ", does not fit")
+                axes.annotate(
+                    note, (max(factor, 1), height), va="center", fontsize=7, color=INK, annotation_clip=False
+                )  # fmt: skip
+    values = [factor for factors in bars.values() for factor, _ in factors.values()]
+    axes.set_xscale("log")
+    axes.set_xlim(min([0.8, *(0.95 * value for value in values)]), max([1.5, *(1.6 * value for value in values)]))
+    axes.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(range(len(bars)), list(bars), color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    handles = [axes.barh(0, 0, color=COLOURS[i % len(COLOURS)]) for i in range(len(groups))]
+    axes.legend(
+        handles, groups, frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()),
         fontsize=8, labelcolor=INK,
     )  # fmt: skip
     return figure
