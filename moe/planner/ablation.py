@@ -1,4 +1,4 @@
-"""What each lever is worth: the full recipe's plan beside those with one lever turned, in words, figures and a picture."""
+"""What each lever is worth: the plan of the full recipe beside those with one lever turned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +68,9 @@ ASSUMPTIONS = (
 def ablation_values(tables: Mapping[str, Sequence[Row]], name: str) -> dict[str, Any]:
     """As JSON values; bytes, FLOPs and seconds are of one GPU in a step.
 
-    chips: by name, rows of lever ("" for the full recipe), turned "off" or "on", instead, refusal (why there is no plan,
-    else ""), loss (null where it was not trained), and where there is a plan: origin, fits, parameters, allocated_bytes,
-    spare_bytes, executed_flops, exposed_bytes, exposed_seconds, step_seconds, tokens_per_second, mfu,
+    chips: by name, rows of lever ("" for the full recipe), turned "off" or "on", instead, refusal (why there is no
+    plan, else ""), loss (null where it was not trained), and where there is a plan: origin, fits, parameters,
+    allocated_bytes, spare_bytes, executed_flops, exposed_bytes, exposed_seconds, step_seconds, tokens_per_second, mfu,
     chip_hours_per_1e12_tokens, cost (times the full recipe's).
     """
     return {

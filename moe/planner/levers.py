@@ -50,9 +50,8 @@ def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
 
 def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if job.precision.compute != "bfloat16":
-        return Variant(
-            "bfloat16", "on", "products and exchange in bfloat16", _formats("bfloat16", ("compute", "exchange"))
-        )
+        settings = _formats("bfloat16", ("compute", "exchange"))
+        return Variant("bfloat16", "on", "products and exchange in bfloat16", settings)
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}

@@ -77,8 +77,11 @@ def draw_bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
 
 
 def draw_factors(bars: Mapping[str, Mapping[str, tuple[float, bool]]], groups: Sequence[str], label: str) -> Figure:
-    """A row of horizontal bars for each name, one for each group: a factor that starts from 1, on a scale of ratios; and
-    whether it can be had: pale bars are for what cannot."""
+    """A row of horizontal bars for each name, one bar for each group.
+
+    Args:
+        bars: a factor, drawn from 1 on a scale of ratios; and whether it can be had: pale bars are for what cannot.
+    """
     figure, axes = _axes(1.2 + (0.22 * len(groups) + 0.14) * len(bars))
     thick = 0.86 / max(1, len(groups))
     for place, factors in enumerate(bars.values()):
@@ -104,8 +107,8 @@ def draw_factors(bars: Mapping[str, Mapping[str, tuple[float, bool]]], groups: S
     axes.set_xlabel(label)
     handles = [axes.barh(0, 0, color=COLOURS[i % len(COLOURS)]) for i in range(len(groups))]
     axes.legend(
-        handles, groups, frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()),
-        fontsize=8, labelcolor=INK,
+        handles, groups, frameon=False, ncols=6, loc="upper center",
+        bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()), fontsize=8, labelcolor=INK,
     )  # fmt: skip
     return figure
 
