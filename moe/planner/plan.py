@@ -164,7 +164,7 @@ def make_plan(
     check_filled(job, cluster)
     if estimated:
         work = estimate_work(job, cluster.gpus_per_node)
-        return planned(job, chip, cluster, work, estimate_memory(job), None, links)
+        return planned(job, chip, cluster, work, estimate_memory(job, chip, cluster.gpus_per_node), None, links)
     compiled = compile_job(job, chip, cluster, report=report)
     work = count(
         compiled.program(),
