@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from experiments.experiment import Experiment
@@ -34,6 +33,7 @@ from moe.planner.ablation import Row, ablation_report, ablation_values, draw_lev
 from moe.planner.chips import Chip
 from moe.planner.compile import CompileError
 from moe.planner.levers import Variant, variants
+from moe.planner.pictures import png
 from moe.planner.plan import model_size
 from moe.planner.report_html import html
 from moe.planner.report_text import print_report
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.html is not None:
             write_atomically(options.html, html(report, {"levers": picture}))
         if options.picture is not None:
-            FigureCanvasAgg(picture).print_png(options.picture)
+            png(picture, options.picture)
     except MISTAKES as error:
         errors.print(f"[bold red]error:[/] {escaped(error)}")
         return 2

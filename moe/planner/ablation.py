@@ -30,7 +30,9 @@ class Row:
 
     @property
     def label(self) -> str:
-        return "full recipe" if self.variant is None else f"{self.variant.turned}: {self.variant.lever}"
+        if self.variant is None:
+            return "full recipe"
+        return f"{'without' if self.variant.turned == 'off' else 'with'} {self.variant.lever}"
 
 
 def ablation_report(tables: Mapping[str, Sequence[Row]], name: str) -> Report:
@@ -96,12 +98,12 @@ def _verdict(tables: Mapping[str, Sequence[Row]]) -> str:
     """For each chip the lever whose absence costs most, and how many levers the recipe cannot do without."""
     told = []
     for chip, rows in tables.items():
-        costs = {row.label: cost for row in rows[1:] if (cost := _cost(row, rows[0])) is not None}
         off = [row for row in rows[1:] if row.variant is not None and row.variant.turned == "off"]
         needed = sum(row.plan is None or not row.plan.fits for row in off)
-        dearest = max(costs, key=lambda label: costs[label], default=None)
-        most = f"{dearest} costs {times(costs[dearest])}" if dearest else "nothing to compare with"
-        told.append(f"{chip}: {most}, {needed} of {len(off)} do not fit without")
+        costs = {row.variant.lever: cost for row in off if row.variant and (cost := _cost(row, rows[0])) is not None}
+        dearest = max(costs, key=lambda lever: costs[lever], default=None)
+        most = f"without {dearest} a token costs {times(costs[dearest])}; " if dearest else ""
+        told.append(f"{chip}: {most}{needed} of {len(off)} levers are needed for it to fit")
     return " · ".join(told)
 
 

@@ -30,13 +30,14 @@ class Variant:
 
 
 def variants(job: Job, cluster: Cluster, active: int) -> tuple[Variant, ...]:
-    """One for each lever that the recipe can turn.
+    """One for each lever that the recipe can turn, those turned off first.
 
     Args:
         active: parameters of the model that take part in one token.
     """
     found = (lever(job, cluster, active) for lever in LEVERS)
-    return tuple(variant for variant in found if variant is not None)
+    turned = (variant for variant in found if variant is not None)
+    return tuple(sorted(turned, key=lambda variant: variant.turned))
 
 
 def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:

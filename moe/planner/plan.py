@@ -107,6 +107,11 @@ class Plan:
         return self.job.mesh.num_devices
 
     @property
+    def peak(self) -> float:
+        """FLOP/s of the chip in bfloat16, or in float16 where it has no bfloat16: what MFU is a share of."""
+        return self.chip.bf16 or self.chip.fp16
+
+    @property
     def spare(self) -> int:
         """Bytes that a GPU has left; below 0, bytes that it lacks."""
         return self.chip.memory - self.memory.allocated - self.room.total
