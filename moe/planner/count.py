@@ -7,13 +7,12 @@ with two bodies, and a turn peeled off stands before it.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe.planner.hlo import HOST_MEMORY, Computation, Instruction, Module, parse
-from moe.planner.job import Job
+from moe.planner.hlo import HOST_MEMORY, Computation, Instruction, Module, Shape, parse
 from moe.planner.kernels import CountError, Kernels
 from moe.planner.scopes import purpose
 from moe.planner.traffic import FREE, traffic
 from moe.planner.transfers import COLLECTIVES, Fabric, Journey, collective, to_host
-from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
+from moe.planner.work import Event, Loop, Start, Transfer, TransferKind, Wait, Work
 from parallel.mesh import MeshConfig
 
 
@@ -140,7 +139,7 @@ class _Counter:
         )  # fmt: skip
 
 
-def _result(each: Instruction):
+def _result(each: Instruction) -> Shape:
     """The shape of what it makes: of an asynchronous one the second part of (operands, results, …)."""
     if each.opcode.endswith("-start") and len(each.shape.parts) > 1:
         return each.shape.parts[0] if each.opcode == "copy-start" else each.shape.parts[1]
