@@ -113,16 +113,20 @@ def asked_cluster(
     own = defined.get("cluster", Cluster(gpu_link=chip.link))
     if not isinstance(own, Cluster):
         raise ClusterError(f"cluster={own!r} in the experiment's file: give a Cluster (parallel/network/cluster.py)")
-    devices = experiment.mesh.num_devices
-    per_node = options.gpus_per_node or (own.gpus_per_node if "cluster" in defined else min(own.gpus_per_node, devices))
     given = {
-        "nodes": options.nodes or (own.nodes if "cluster" in defined else max(1, devices // per_node)),
-        "gpus_per_node": per_node,
+        "nodes": options.nodes,
+        "gpus_per_node": options.gpus_per_node,
         "nics_per_node": options.nics,
         "nic_rate": options.nic_rate,
         "fabric": options.fabric,
         "gpudirect": False if options.no_gpudirect else None,
     }
+    if "cluster" not in defined:
+        devices = experiment.mesh.num_devices
+        if options.gpus_per_node is None:
+            given["gpus_per_node"] = min(own.gpus_per_node, devices)
+        if options.nodes is None:
+            given["nodes"] = max(1, devices // max(1, given["gpus_per_node"]))
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
