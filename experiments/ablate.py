@@ -48,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     console, errors = consoles()
     try:
         defined, experiment = asked(options)
+        chips = [asked_chip(name, defined) for name in options.chip.split(",")]
+        clusters = [asked_cluster(options, defined, experiment, chip) for chip in chips]
         tables = {
-            chip.name: rows_of(experiment, chip, asked_cluster(options, defined, experiment, chip), options, errors)
-            for chip in (asked_chip(name, defined) for name in options.chip.split(","))
+            chip.name: rows_of(experiment, chip, cluster, options, errors)
+            for chip, cluster in zip(chips, clusters, strict=True)
         }
         if options.train:
             losses = losses_of(experiment, next(iter(tables.values())), options.train, console)

@@ -1,5 +1,6 @@
 """What a plan says, in words, tables and pictures."""
 
+import re
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
@@ -10,11 +11,14 @@ from moe.planner.predict import Prediction
 from moe.planner.report import Report, Section, table
 from moe.planner.totals import flops_by_format
 from moe.planner.units import amount, digits, flop, gib, number, seconds, share, times
+from moe.planner.work import Buffer
 
 STEPS = {"train": "one training step", "prefill": "one prefill", "decode": "one decoding step"}
 ESTIMATED = "Estimated, not compiled: from the settings by formulas, without the program that XLA would make."
 BUFFERS = 12
-"""So many of the largest are shown; the JSON has all that are known."""
+"""So many kinds of the largest are shown; the JSON has all that are known."""
+NAME = 60
+"""Characters of a buffer's name that are shown."""
 
 
 def report_of(plan: Plan, name: str) -> Report:
@@ -135,11 +139,21 @@ def _memory(plan: Plan) -> Section:
 
 
 def _buffers(plan: Plan) -> Section:
+    alike: dict[tuple[str, ...], list[Buffer]] = {}
+    for each in plan.memory.largest:
+        alike.setdefault((named(each.part), each.shape, each.source or "–"), []).append(each)
     rows = [
-        (named(each.part), each.shape, each.name, each.source or "–", amount(each.bytes))
-        for each in plan.memory.largest[:BUFFERS]
+        (*key, _readable(group[0].name), str(len(group)), amount(group[0].bytes))
+        for key, group in list(alike.items())[:BUFFERS]
     ]
-    return Section("Largest buffers at the peak", table(("part", "shape", "made by", "source", "bytes"), rows, words=4))
+    columns = ("part", "shape", "source", "made by, or argument", "how many", "bytes of each")
+    return Section("Largest buffers at the peak", table(columns, rows, words=4))
+
+
+def _readable(name: str) -> str:
+    """state.params['stacks'][0]['w'] → params.stacks.0.w, of which the end says most."""
+    path = re.sub(r"\['?([^]']*)'?\]", r".\1", name).removeprefix("state.")
+    return path if len(path) <= NAME else "…" + path[1 - NAME :]
 
 
 def _router(plan: Plan) -> Section:

@@ -10,6 +10,7 @@ from moe.planner.plan_json import plan_values
 from moe.planner.plan_report import ESTIMATED, pictures_of, report_of
 from moe.planner.report_html import html
 from moe.planner.report_text import print_report
+from moe.planner.work import Buffer
 from tests.moe.planner.handmade import MEMORY, WORK
 from tests.moe.planner.handmade_plan import FACTS, JOB, handmade_plan
 
@@ -43,6 +44,17 @@ def test_the_verdict_comes_first(plan):
     assert f"MFU {plan.prediction.mfu:.1%}" in lines[1]
 
 
+def test_buffers_of_a_kind_are_one_row(plan):
+    weights = tuple(
+        Buffer(1 << 28, "parameters", "f32[8,8]", f"state.params['blocks'][{i}]['experts']['w_up_EDF']", "")
+        for i in range(3)
+    )
+    many = planned(JOB, plan.chip, plan.cluster, WORK, replace(MEMORY, largest=weights), FACTS)
+    told = " ".join(text_of(many).split())
+    assert "parameters f32[8,8] – params.blocks.0.experts.w_up_EDF 3 256.0 MiB" in told
+    assert "params.blocks.1" not in told
+
+
 def test_what_does_not_fit_says_by_how_much(plan):
     full = planned(JOB, plan.chip, plan.cluster, WORK, replace(MEMORY, allocated=120 << 30), FACTS)
     over = (120 << 30) + full.room.total - full.chip.memory
@@ -55,7 +67,7 @@ def test_what_does_not_fit_says_by_how_much(plan):
         "30 s, 1.75 GiB of host memory, jax 0.10.2",
         "optimizer states 4.00 GiB",
         "peak: alive at once 11.00 GiB",
-        "bf16[64,4096,2048] fusion.7 moe/model/block.py:41 1.00 GiB",
+        "activations bf16[64,4096,2048] moe/model/block.py:41 fusion.7 1 1.00 GiB",
         "experts 32.0 TFLOP – 32.0 TFLOP 64.0 TFLOP 84.2%",
         "all-gather data dense 16 on 16 4 0 B 114.4 MiB",
         "Executed to model FLOPs:",
