@@ -17,7 +17,7 @@ STEPS = {"train": "one training step", "prefill": "one prefill", "decode": "one 
 ESTIMATED = "Estimated, not compiled: from the settings by formulas, without the program that XLA would make."
 BUFFERS = 12
 """So many kinds of the largest are shown; the JSON has all that are known."""
-NAME = 60
+NAME = 44
 """Characters of a buffer's name that are shown."""
 
 
@@ -141,7 +141,7 @@ def _memory(plan: Plan) -> Section:
 def _buffers(plan: Plan) -> Section:
     alike: dict[tuple[str, ...], list[Buffer]] = {}
     for each in plan.memory.largest:
-        alike.setdefault((named(each.part), each.shape, each.source or "–"), []).append(each)
+        alike.setdefault((named(each.part), each.shape.partition("{")[0], each.source or "–"), []).append(each)
     rows = [
         (*key, _readable(group[0].name), str(len(group)), amount(group[0].bytes))
         for key, group in list(alike.items())[:BUFFERS]
