@@ -11,8 +11,12 @@ from moe.model.config import ConfigError
 from moe.model.count import count_parameters, train_flops_per_token
 from moe.model.parameter import specs_of
 from moe.model.transformer import Transformer
-
-
+from moe.planner.buffers import memory_of
+from moe.planner.chips import Chip
+from moe.planner.compile import Facts, compile_job
+from moe.planner.count import count, key_blocks
+from moe.planner.estimate import estimate_work, idle_share
+from moe.planner.estimate_memory import estimate_memory
 from moe.planner.job import Job
 from moe.planner.predict import Prediction, predict
 from moe.planner.routing import LOADS, Skew, routed_rows, skew_of
@@ -197,21 +201,6 @@ def planned(
         model_flops=flops,
         unbalanced=tuple(Unbalanced(skew, timed(skew.kept)) for skew in skews),
     )  # fmt: skip
-
-
-<<<<<<< HEAD
-def key_blocks(job: Job) -> float:
-    """Blocks of keys that a block of queries sees, in the mean, in attention that goes through them in chunks."""
-    blocks = math.ceil(job.sequence_length / BLOCK)
-    return blocks if job.kind == "decode" else (blocks + 1) / 2
-=======
-def idle_share(job: Job) -> float:
-    """Of a pipeline's ticks, those in which a stage has nothing to do."""
-    if job.mesh.stage == 1:
-        return 0.0
-    schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-    return schedule.bubble / (1 + schedule.bubble)
->>>>>>> counting
 
 
 def check_filled(job: Job, cluster: Cluster) -> None:

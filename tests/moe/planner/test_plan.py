@@ -6,7 +6,7 @@ from moe.model.config import ConfigError
 from moe.model.presets import HUNYUAN_LARGE, TINY
 from moe.planner.chips import CHIPS
 from moe.planner.job import Job
-from moe.planner.plan import ALL_TO_ALL_ROOM, COMMUNICATOR_ROOM, CUDA_ROOM, key_blocks, make_plan, model_size, planned
+from moe.planner.plan import ALL_TO_ALL_ROOM, COMMUNICATOR_ROOM, CUDA_ROOM, make_plan, model_size, planned
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
 from tests.moe.planner.handmade import MEMORY, WORK
@@ -70,12 +70,6 @@ def test_serving_is_a_third_of_training_and_decoding_sees_all_keys():
     assert prefill == training / 3
     # One token instead of 512, and twice the mean causal row: 2 · L · N · H · 512 / 2 more.
     assert decode == pytest.approx(prefill / 512 + 4 * 2 * TINY.num_layers * TINY.num_heads * TINY.head_dim * 512)
-
-
-def test_blocks_of_keys():
-    job = Job("prefill", TINY, 1, 1024)
-    assert key_blocks(job) == (1 + 2 + 3 + 4) / 4
-    assert key_blocks(replace(job, kind="decode")) == 4
 
 
 def test_the_mesh_fills_the_nodes():
