@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from parallel.mesh import MeshConfig
@@ -265,6 +266,21 @@ class Layout:
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
         return self._constrain(weight, self.used_spec(axes))
+
+    def gather_as_stored(self, weight: jax.Array, axes: str) -> jax.Array:
+        """A weight as it is used, in the format that it is stored in. As `gather`, but in parts that are laid side by side
+        after they have come: where nothing is computed between memory and wire, XLA for GPUs would else transpose whole
+        stacks of layers before their loop, so that the axis it gathers comes first."""
+        stored, used = self.stored_spec(axes), self.used_spec(axes)
+        if stored == used or self.mesh is None:
+            return self._constrain(weight, used)
+        at = axes.index("D")
+
+        def side_by_side(part: jax.Array) -> jax.Array:
+            parts = jnp.moveaxis(jax.lax.all_gather(part, stored[at]), 0, at)
+            return parts.reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
+
+        return self.shard_map(side_by_side, stored, used)(weight)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""

@@ -78,8 +78,8 @@ def make_train_step(
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
-    def objective(params: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
-        model = blueprint.model(params, balance)
+    def objective(params: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
+        model = blueprint.model(params, balance, frozen)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
         stats = output.stats
         loss = cross_entropy_sum(
@@ -93,7 +93,8 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
         def one(number: jax.Array, part: Batch):
             take = jax.grad(objective, has_aux=True)
-            grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
+            own_key = jax.random.fold_in(key, number)
+            grads, told = take(state.params, state.balance, state.frozen, part, own_key, num_targets)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 
@@ -148,7 +149,7 @@ def make_train_step(
         balance = state.balance
         if stats is not None and router.balance == "bias":
             balance = move_biases(blueprint, state, stats.load_E)
-        return TrainState(state.step + 1, params, balance, opt_state), metrics
+        return TrainState(state.step + 1, params, balance, opt_state, state.frozen), metrics
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
@@ -160,7 +161,8 @@ def make_evaluation_step(
     """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = blueprint.model(state.params, state.balance)
+        model = blueprint.model(state.params, state.balance, state.frozen)
+        model.eval()
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
         loss = cross_entropy_sum(
@@ -206,6 +208,6 @@ def layer_stats(stats: MoEStats) -> LayerStats:
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
     """The routers' selection biases after a step in which the experts were loaded so."""
-    model = blueprint.model(state.params, state.balance)
+    model = blueprint.model(state.params, state.balance, state.frozen)
     model.move_biases(load_LE)
     return nnx.to_pure_dict(nnx.state(model, SelectionBias))
