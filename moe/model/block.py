@@ -56,17 +56,20 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, SharedKeyValue, MoEStats | None]:
         """The layer's output, the keys and values of its group, and a MoE layer's statistics."""
         with jax.named_scope("attention"):
-            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
+            with jax.named_scope("norm"):
+                normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
             y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache)
             x_BTD = layout.constrain(x_BTD + y_BTD, "BTD")
         with jax.named_scope("feed_forward"):
-            normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D[...].astype(self.dtype), self.eps)
+            with jax.named_scope("norm"):
+                normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D[...].astype(self.dtype), self.eps)
             stats = None
             if isinstance(self.feed_forward, MoELayer):
                 valid_BT = sight.segments_BT > 0
                 y_BTD, stats = self.feed_forward(normed_BTD, valid_BT, layer, key, layout)
             else:
-                y_BTD = self.feed_forward(normed_BTD, layout)
+                with jax.named_scope("dense"):
+                    y_BTD = self.feed_forward(normed_BTD, layout)
             return layout.constrain(x_BTD + y_BTD, "BTD"), shared, stats
 
 

@@ -145,8 +145,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array, layout: Layout = SINGLE_DEVICE) -> jax.Array:
         """logits_BTV f32 of all positions at once. Training uses moe.train.loss, which never holds them all."""
-        w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
+            return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
 
     def move_biases(self, load_LE: jax.Array) -> None:
         """Moves the routers' selection biases in place, for router.balance "bias".
