@@ -178,9 +178,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_experiment(command)
     command.add_argument("--chip", metavar="NAME", help=f"one of {', '.join(CHIPS)}, or the file's own `chip`")
-    command.add_argument(
-        "--kind", choices=get_args(Kind), default="train", help="which step: by default a whole one of training"
-    )
+    add_kind(command)
     add_cluster(command)
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures (moe/planner/plan_json.py)")
     command.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page with pictures")
@@ -195,6 +193,12 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--estimate", action="store_true", help="from the settings alone, without compiling: seconds, and less exact"
+    )
+
+
+def add_kind(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kind", choices=get_args(Kind), default="train", help="which step: by default a whole one of training"
     )
 
 

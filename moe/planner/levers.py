@@ -30,13 +30,14 @@ class Variant:
 
 
 def variants(job: Job, cluster: Cluster, active: int) -> tuple[Variant, ...]:
-    """One for each lever that the recipe can turn.
+    """One for each lever that the recipe can turn, those turned off first.
 
     Args:
         active: parameters of the model that take part in one token.
     """
     found = (lever(job, cluster, active) for lever in LEVERS)
-    return tuple(variant for variant in found if variant is not None)
+    turned = (variant for variant in found if variant is not None)
+    return tuple(sorted(turned, key=lambda variant: variant.turned))
 
 
 def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
@@ -50,9 +51,8 @@ def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
 
 def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if job.precision.compute != "bfloat16":
-        return Variant(
-            "bfloat16", "on", "products and exchange in bfloat16", _formats("bfloat16", ("compute", "exchange"))
-        )
+        settings = _formats("bfloat16", ("compute", "exchange"))
+        return Variant("bfloat16", "on", "products and exchange in bfloat16", settings)
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}

@@ -13,9 +13,12 @@ from moe.model.count import count_parameters, train_flops_per_token
 from moe.model.parameter import specs_of
 from moe.model.transformer import Transformer
 from moe.ops.attention.chunked import BLOCK
+from moe.planner.buffers import memory_of
 from moe.planner.chips import Chip
 from moe.planner.compile import Facts, compile_job
 from moe.planner.count import count
+from moe.planner.estimate import estimate_work, idle_share
+from moe.planner.estimate_memory import estimate_memory
 from moe.planner.job import Job
 from moe.planner.predict import Prediction, predict
 from moe.planner.routing import LOADS, Skew, routed_rows, skew_of
@@ -23,7 +26,6 @@ from moe.planner.totals import Exchange, Spent, exchanges_of, spent_by_use
 from moe.planner.work import Memory, Work
 from parallel.network.cluster import Cluster
 from parallel.network.links import Links
-from parallel.pipeline import Schedule
 
 Progress = Callable[[str], None]
 
@@ -105,6 +107,11 @@ class Plan:
         return self.job.mesh.num_devices
 
     @property
+    def peak(self) -> float:
+        """FLOP/s of the chip in bfloat16, or in float16 where it has no bfloat16: what MFU is a share of."""
+        return self.chip.bf16 or self.chip.fp16
+
+    @property
     def spare(self) -> int:
         """Bytes that a GPU has left; below 0, bytes that it lacks."""
         return self.chip.memory - self.memory.allocated - self.room.total
@@ -161,10 +168,15 @@ def make_plan(
     """
     check_filled(job, cluster)
     if estimated:
-        raise NotImplementedError
+        work = estimate_work(job, cluster.gpus_per_node)
+        return planned(job, chip, cluster, work, estimate_memory(job, chip, cluster.gpus_per_node), None, links)
     compiled = compile_job(job, chip, cluster, report=report)
     work = count(
-        compiled.program(), job.mesh, cluster.gpus_per_node, routed_rows=routed_rows(job), key_blocks=key_blocks(job)
+        compiled.program(),
+        job.mesh,
+        cluster.gpus_per_node,
+        routed_rows=routed_rows(job, cluster.gpus_per_node),
+        key_blocks=key_blocks(job),
     )
     return planned(job, chip, cluster, work, memory_of(compiled), compiled.facts, links)
 
@@ -191,14 +203,6 @@ def planned(
         model_flops=flops,
         unbalanced=tuple(Unbalanced(skew, timed(skew.kept)) for skew in skews),
     )  # fmt: skip
-
-
-def idle_share(job: Job) -> float:
-    """Of a pipeline's ticks, those in which a stage has nothing to do."""
-    if job.mesh.stage == 1:
-        return 0.0
-    schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-    return schedule.bubble / (1 + schedule.bubble)
 
 
 def key_blocks(job: Job) -> float:

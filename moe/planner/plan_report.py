@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from moe.planner.pictures import draw_bars, draw_memory, named
+from moe.planner.pictures import draw_bar, draw_memory, draw_roofline, named
 from moe.planner.plan import Plan
 from moe.planner.predict import Prediction
 from moe.planner.report import Report, Section, table
@@ -35,6 +35,7 @@ def report_of(plan: Plan, name: str) -> Report:
             _arithmetic(plan),
             _transfers(plan),
             _time(plan),
+            _uses(plan),
             _assumptions(plan),
         ),
     )
@@ -42,16 +43,21 @@ def report_of(plan: Plan, name: str) -> Report:
 
 def pictures_of(plan: Plan) -> dict[str, Figure]:
     """By the names that the sections give."""
-    prediction = plan.prediction
+    terms = {named(term): time for term, time in plan.prediction.terms.items() if time}
     return {
         "memory": draw_memory(plan.memory, plan.chip.memory, plan.room.total),
-        "time": draw_bars(
-            {
-                label: {named(part): spent for part, spent in parts.items() if spent}
-                for label, parts in (("by term", prediction.terms), ("by use", prediction.uses))
-            },
-            "seconds of a step",
-        ),
+        "terms": draw_bar(terms, "seconds of a step"),
+        "roofline": draw_roofline(_reached(plan), plan.peak, plan.chip.bandwidth),
+    }
+
+
+def _reached(plan: Plan) -> dict[str, tuple[float, float]]:
+    """FLOP a byte, and FLOP/s, of each use that does a thousandth of the arithmetic at least."""
+    uses, least = plan.prediction.uses, plan.work.flops / 1000
+    return {
+        named(each.use): (each.flops / each.bytes, each.flops / uses[each.use])
+        for each in plan.uses
+        if each.flops > least and each.bytes and uses.get(each.use)
     }
 
 
@@ -218,7 +224,22 @@ def _time(plan: Plan) -> Section:
     whole = plan.prediction.seconds
     rows = [(named(term), seconds(time), share(time, whole)) for term, time in plan.prediction.terms.items() if time]
     rows.append(("step", seconds(whole), "100%"))
-    return Section("Predicted step time", table(("term", "seconds", "share"), rows), picture="time")
+    return Section("Predicted step time", table(("term", "seconds", "share"), rows), picture="terms")
+
+
+def _uses(plan: Plan) -> Section:
+    whole, reached = plan.prediction.seconds, _reached(plan)
+    rows = []
+    for use, time in sorted(plan.prediction.uses.items(), key=lambda item: -item[1]):
+        intensity, rate = reached.get(named(use), (0.0, 0.0))
+        figures = (digits(intensity), f"{digits(rate / 1e12)} TFLOP/s", share(rate, plan.peak)) if rate else ("–",) * 3
+        rows.append((named(use), seconds(time), share(time, whole), *figures))
+    note = (
+        f"Waiting for an exchange counts for what it is for. Above {plan.peak / plan.chip.bandwidth:.0f} FLOP a byte "
+        "arithmetic limits this chip, below it memory."
+    )
+    columns = ("use", "seconds", "share", "FLOP a byte", "reached", "of the peak")
+    return Section("The same by use, below the chip's roof", table(columns, rows), (note,), "roofline")
 
 
 def _assumptions(plan: Plan) -> Section:
@@ -238,7 +259,7 @@ def assumptions(plan: Plan) -> Iterable[str]:
     yield "Grouped products are counted for an even router, causal attention for what its mask lets through."
     yield (
         "MFU: the model's FLOPs, without recomputation, of the chip's dense "
-        f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {(plan.chip.bf16 or plan.chip.fp16) / 1e12:g} TFLOP/s."
+        f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {plan.peak / 1e12:g} TFLOP/s."
     )
     if plan.cluster.nodes > 1 and not plan.cluster.gpudirect:
         yield "No GPUDirect RDMA: what goes across nodes is staged through the host's memory, and modelled so."
