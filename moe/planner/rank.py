@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from moe.planner.job import Job
-from moe.planner.predict import Prediction, Term
+from moe.planner.plan import Plan
+from moe.planner.predict import Term
 from moe.planner.units import amount, seconds
 
 LOSSES: dict[Term, str] = {
@@ -24,30 +24,18 @@ LOSSES: dict[Term, str] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One layout of a step.
-
-    changes: of settings that lead to it. saving: what it does to fit, in words.
-    allocated, spare: bytes of one GPU that it takes, and that are left (below 0: that lack).
-    prediction: None where it does not fit.
-    """
+    """A plan with the changes of settings that lead to it. saving: what it does to fit, in words."""
 
     changes: Mapping[str, Any]
     saving: str
-    job: Job
-    allocated: int
-    spare: int
-    prediction: Prediction | None
-    origin: Literal["compiled", "estimated"]
-
-    @property
-    def fits(self) -> bool:
-        return self.spare >= 0
+    plan: Plan
 
     @property
     def order(self) -> tuple[bool, float, str]:
         """Sorts the best to the front: what fits before what does not, then by time, or by the bytes that lack."""
-        time = self.prediction.seconds if self.prediction else float(-self.spare)
-        return (not self.fits, time, str(sorted(self.changes.items())))
+        plan = self.plan
+        last = plan.prediction.seconds if plan.fits else float(-plan.spare)
+        return (not plan.fits, last, str(sorted(self.changes.items())))
 
 
 def ranked(options: Iterable[Option]) -> list[Option]:
@@ -57,11 +45,9 @@ def ranked(options: Iterable[Option]) -> list[Option]:
 
 def why_lost(option: Option, best: Option) -> str:
     """What `best` has over `option`."""
-    if not option.fits:
-        return f"lacks {amount(-option.spare)} on each GPU"
-    assert option.prediction is not None
-    assert best.prediction is not None
-    own, other = option.prediction, best.prediction
+    if not option.plan.fits:
+        return f"lacks {amount(-option.plan.spare)} on each GPU"
+    own, other = option.plan.prediction, best.plan.prediction
     slower = own.seconds / other.seconds - 1
     if slower < 0.001:
         return "as fast"
