@@ -172,10 +172,10 @@ def name(option: Option) -> str:
 
 def described(option: Option) -> str:
     """A layout with its figures."""
-    plan = option.plan
+    plan, predicted = option.plan, option.plan.prediction
     return (
-        f"{name(option)}: {seconds(plan.prediction.seconds)} a step, {plan.prediction.tokens_per_second:,.0f} tokens/s, "
-        f"{plan.prediction.mfu:.1%} MFU, {gib(plan.memory.allocated)} on each GPU, {gib(plan.spare)} to spare "
+        f"{name(option)}: {seconds(predicted.seconds)} a step, {predicted.tokens_per_second:,.0f} tokens/s, "
+        f"{predicted.mfu:.1%} MFU, {gib(plan.memory.allocated)} on each GPU, {gib(plan.spare)} to spare "
         f"({plan.origin})"
     )
 
