@@ -1,10 +1,10 @@
-def estimate_memory(job, chip, devices_per_node):
-    from parallel.layout import Layout
-    from moe.train.state import make_blueprint
-    from moe.train.pipelined import check_stages
-    from moe.planner.estimate_stub import mesh_of
-    from moe.model.moe_layer import chunk_limit
-    l=Layout(mesh_of(job.mesh),job.layout)
-    b=make_blueprint(job.model,job.precision,job.execution,job.optimizer,l,steps=job.steps)
-    b.abstract_state()
-    check_stages(job.model,l.stages,job.virtual_stages)
+"""Stand-in until the real one is merged."""
+
+from moe.planner.chips import Chip
+from moe.planner.job import Job
+from moe.planner.work import Memory
+
+
+def estimate_memory(job: Job, chip: Chip, devices_per_node: int) -> Memory:
+    size = 1 << 30
+    return Memory({"parameters": size}, size, size, 0, (), ((0.0, size), (1.0, size)), "estimated")

@@ -84,9 +84,7 @@ def make_train_step(
         params: Any, landing: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array
     ):
         model = blueprint.model(params, balance, frozen)
-        output = model(
-            batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing
-        )
+        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing)
         stats = output.stats
         loss = cross_entropy_sum(
             output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
