@@ -226,5 +226,5 @@ def model_size(job: Job) -> tuple[int, int, float]:
     specs = specs_of(model)
     count = count_parameters(job.model, specs)
     seen = job.sequence_length * (2 if job.kind == "decode" else 1)
-    flops = train_flops_per_token(job.model, specs, seen)
+    flops = train_flops_per_token(job.model, specs, seen, frozen=job.lora is not None)
     return count.total, count.active, job.tokens * flops / (1 if job.kind == "train" else 3)
