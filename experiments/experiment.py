@@ -16,7 +16,6 @@ from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.train.data import DataConfig
-from moe.train.lora import check_frozen
 from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig, check_master_weights
 from moe.train.pipelined import check_stages
@@ -77,7 +76,6 @@ class Experiment:
         self._check_pipeline()
         self._check_sharding()
         check_master_weights(self.optimizer, self.precision)
-        check_frozen(self.precision, self.lora, self.mesh.stage)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "

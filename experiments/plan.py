@@ -131,7 +131,7 @@ def asked_cluster(
 
 
 def job_of(experiment: Experiment, kind: Kind) -> Job:
-    """The step of `experiment` to plan. Serving takes its batch at once."""
+    """The step of `experiment` to plan. Serving takes its batch at once, and weights with which adapters are merged."""
     training = experiment.training
     return Job(
         kind,
@@ -147,6 +147,7 @@ def job_of(experiment: Experiment, kind: Kind) -> Job:
         virtual_stages=training.virtual_stages if kind == "train" else 1,
         loss_chunk=training.loss_chunk,
         steps=training.steps,
+        lora=experiment.lora if kind == "train" else None,
     )
 
 

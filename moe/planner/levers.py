@@ -65,7 +65,7 @@ def _formats(format: str, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _quantization(job: Job, cluster: Cluster, active: int) -> Variant | None:
     """Of weights that nothing trains."""
-    if job.kind == "train":
+    if job.kind == "train" and job.lora is None:
         return None
     if job.precision.quantized:
         return Variant("quantization", "off", "weights in bfloat16", {"precision.frozen": "bfloat16"})

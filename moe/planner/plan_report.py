@@ -197,7 +197,8 @@ def _arithmetic(plan: Plan) -> Section:
     in_products = ", ".join(f"{name} {share(count, sum(formats.values()))}" for name, count in formats.items())
     notes = (
         f"Executed to model FLOPs: {plan.executed_ratio:.3f}. The model's are {flop(plan.model_flops / plan.devices)} "
-        "a GPU: 2 for each active weight and token in a forward pass, 4 more in a backward one, and causal attention.",
+        f"a GPU: 2 for each active weight and token in a forward pass, {4 if plan.job.lora is None else 2} more in a "
+        "backward one, and causal attention.",
         f"Products by number format: {in_products}.",
     )
     columns = ("use", "forward", "backward", "recomputed", "all", "share", "read and written", "share")
