@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
-from moe.planner.estimate_layer import Layer, alone, beside
+from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
@@ -52,8 +52,8 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        if self.layers[0].how.hides_gathers:
-            return _together(gathers, kernels)
+        if self.layers[0].how.prefetches:
+            return together(gathers, kernels)
         return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
 
     def kept(self, kind: TransferKind) -> list[Event]:
@@ -68,7 +68,7 @@ class Group:
         inside = float(numbers * sizes.compute)
         return list(alone(Transfer("kept." + kind, "other", kind, (), 1, 1, inside, 0.0, backward=kind == "to-device")))
 
-    def backward(self, remat: str, sums: bool) -> tuple[Event, ...]:
+    def backward(self, remat: str, sums: int) -> tuple[Event, ...]:
         layers = [event for layer in reversed(self.layers) for event in layer.backward(sums)]
         if remat == "none":
             return tuple(layers)
@@ -78,14 +78,6 @@ class Group:
         # What is kept are the products with weights outside the experts.
         again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
         return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
-
-
-def _together(transfers: list[Transfer], kernels: list[Event]) -> tuple[Event, ...]:
-    """All transfers begin before the kernels, and end after them."""
-    events: tuple[Event, ...] = tuple(kernels)
-    for transfer in transfers:
-        events = beside(transfer, *events)
-    return events
 
 
 @dataclass(frozen=True)
@@ -114,9 +106,23 @@ class _Step:
         if job.mesh.stage > 1:
             yield from self._pipelined()
         else:
-            one = (*self._embedding(), *self._forward(), *self._head(), *self._backward())
-            yield from one if job.microbatches == 1 else (Loop(job.microbatches, one),)
+            each, last = (
+                (*self._embedding(), *self._forward(), *self._head(), *self._backward(sums))
+                for sums in (self._sums_of_each, self._sums_of_last)
+            )
+            if job.microbatches > 1:
+                yield Loop(job.microbatches - 1, each)
+            yield from last
         yield from self._optimizer()
+
+    @property
+    def _sums_of_each(self) -> int:
+        """Bytes of a number of the gradients that are summed in every microbatch, but the last."""
+        return 0 if self.how.sums_once else self.sizes.compute
+
+    @property
+    def _sums_of_last(self) -> int:
+        return 4 if self.how.sums_once else self.sizes.compute
 
     def serving(self) -> Iterator[Event]:
         yield from self._embedding()
@@ -130,33 +136,45 @@ class _Step:
         for group, repeat in self.groups():
             yield Loop(repeat, (*group.forward(), *(group.kept("to-host") if on_host else ())))
 
-    def _backward(self) -> Iterator[Event]:
+    def _backward(self, sums: int) -> Iterator[Event]:
         for group, repeat in reversed(self.groups()):
-            yield Loop(repeat, group.backward(self.job.execution.remat, not self.how.sums_once))
+            yield Loop(repeat, group.backward(self.job.execution.remat, sums))
 
     def _pipelined(self) -> Iterator[Event]:
         """One chunk a tick, forward and backward; ticks in which a stage idles are computed like all others
         (parallel/pipeline.py)."""
         job, s = self.job, self.sizes
         schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-        chunks = job.mesh.stage * job.virtual_stages
-        groups = [(group, repeat / chunks) for group, repeat in self.groups()]
+        groups = self._of_one_chunk(job.mesh.stage * job.virtual_stages)
         handed = float(s.stream * s.model.d_model * s.compute)
         onward, back = (
             s.transfer(f"stage.{way}", "other", "collective-permute", ("stage",), handed, backward=way == "back")
             for way in ("onward", "back")
         )
-        forward = (*self._embedding(), *(Loop(repeat, group.forward()) for group, repeat in groups), *alone(onward))
-        remat = job.execution.remat
+        layers: tuple[Event, ...] = tuple(Loop(repeat, group.forward()) for group, repeat in groups)
         again = tuple(Loop(repeat, group.forward(recomputed=True)) for group, repeat in groups)
-        backward = (
-            *(again if self.how.stages_recompute else ()),
-            *(Loop(repeat, group.backward(remat, not self.how.sums_once)) for group, repeat in reversed(groups)),
-            *alone(back),
+        each, last = (
+            (
+                *(again if self.how.lockstep else ()),
+                *(Loop(repeat, group.backward(job.execution.remat, sums)) for group, repeat in reversed(groups)),
+            )
+            for sums in (self._sums_of_each, self._sums_of_last)
         )
-        yield Loop(schedule.forward_ticks, forward)
+        yield Loop(schedule.forward_ticks, self._handing((*self._embedding(), *layers), onward))
         yield Loop(job.microbatches, tuple(self._head()))
-        yield Loop(schedule.forward_ticks, backward)
+        yield Loop(schedule.forward_ticks - job.virtual_stages, self._handing(each, back))
+        yield Loop(job.virtual_stages, self._handing(last, back))
+
+    def _handing(self, events: tuple[Event, ...], transfer: Transfer) -> tuple[Event, ...]:
+        return together([transfer], events) if self.how.hides_stages else (*events, *alone(transfer))
+
+    def _of_one_chunk(self, chunks: int) -> list[tuple[Group, float]]:
+        """Groups of layers of which every stage computes so many in a tick."""
+        groups = self.groups()
+        longest = max(repeat for _, repeat in groups)
+        return [
+            (group, repeat if self.how.lockstep and repeat != longest else repeat / chunks) for group, repeat in groups
+        ]
 
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
@@ -167,7 +185,7 @@ class _Step:
         """Loss and its gradients, chunk by chunk (moe/train/loss.py)."""
         s, job, D = self.sizes, self.job, self.sizes.model.d_model
         V = s.model.vocab_size // s.tensor
-        length = s.length // s.over("sequence", "stage")
+        length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
         chunk = min(job.loss_chunk, length)
         m = s.sequences * chunk
         yield from alone(self._gather("head", s.compute))
@@ -217,7 +235,7 @@ class _Step:
     def _optimizer(self) -> Iterator[Event]:
         own = self.parameters()
         if self.how.sums_once:
-            yield from self._sums_at_the_end()
+            yield from self._sums_of_tables()
         moments = 2 * own * 4
         offloaded = self.job.layout.optimizer_states == "host"
         update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
@@ -226,17 +244,6 @@ class _Step:
         yield update
         if offloaded:
             yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
-        if self.job.layout.zero < 3:
-            yield from self._whole_again(own)
-
-    def _whole_again(self, own: float) -> Iterator[Event]:
-        """The new parameters, gathered to copies."""
-        s = self.sizes
-        size = own * s.over(*s.fsdp) * (s.compute if self.how.sums_once else s.stored)
-        yield from alone(s.transfer("gather.parameters", "optimizer", "all-gather", s.fsdp, size))
-
-    def _sums_at_the_end(self) -> Iterator[Event]:
-        for group, repeat in self.groups():
-            sums = [event for layer in group.layers for each in layer.sums(4) for event in alone(each)]
-            yield Loop(repeat / self.job.mesh.stage, tuple(sums))
-        yield from self._sums_of_tables()
+        if self.job.layout.zero < 3 and not self.how.sums_once:
+            size = own * self.sizes.over(*self.sizes.fsdp) * self.sizes.stored
+            yield from alone(self.sizes.transfer("gather.parameters", "optimizer", "all-gather", self.sizes.fsdp, size))
