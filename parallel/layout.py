@@ -310,9 +310,11 @@ class Layout:
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
         fsdp = self._present(FSDP_AXES)
-        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
-            gradient = jax.lax.psum(gradient, copies)
-        return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
+        if fsdp:
+            gradient = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True)
+        # The copies then sum their own parts alone.
+        copies = tuple(axis for axis in self._token_axes if axis not in fsdp)
+        return jax.lax.psum(gradient, copies) if copies else gradient
 
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
