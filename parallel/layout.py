@@ -270,7 +270,7 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        # Without the first, XLA gathers what was cast where it computes it again.
         return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
 
     def gather_as_stored(self, weight: jax.Array, axes: str) -> jax.Array:
@@ -309,12 +309,10 @@ class Layout:
         `gradient_spec` gives it. For weights that are used whole."""
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
-        fsdp = self._present(FSDP_AXES)
-        if fsdp:
+        # Scattered first, so that copies sum their own parts alone.
+        if fsdp := self._present(FSDP_AXES):
             gradient = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True)
-        # The copies then sum their own parts alone.
-        copies = tuple(axis for axis in self._token_axes if axis not in fsdp)
-        return jax.lax.psum(gradient, copies) if copies else gradient
+        return jax.lax.psum(gradient, tuple(axis for axis in self._token_axes if axis not in fsdp))
 
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
