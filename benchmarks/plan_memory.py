@@ -98,7 +98,11 @@ def _attempt(draw: random.Random) -> Job | None:
 
 
 def _random_mesh(draw: random.Random, devices: int, *, serving: bool) -> MeshConfig:
-    axes = ["replica", "data", "expert", "tensor"] if serving else ["stage", "replica", "data", "data", "expert", "expert", "sequence", "tensor"]
+    axes = (
+        ["replica", "data", "expert", "tensor"]
+        if serving
+        else ["stage", "replica", "data", "data", "expert", "expert", "sequence", "tensor"]
+    )
     sizes: dict[str, int] = {}
     while devices > 1:
         axis = draw.choice(axes)

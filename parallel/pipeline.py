@@ -305,6 +305,7 @@ class _Run:
     def _backward(self, carry: _Carry, dy: jax.Array, number: jax.Array) -> _Carry:
         works, local, turn, slot = self._turn(self.schedule.backward, number)
 
+        @jax.named_scope("recomputed")
         def again(weights, shared, x):
             y, penalty, _ = self.network.chunk(weights, shared, x, turn)
             return y, penalty

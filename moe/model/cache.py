@@ -60,11 +60,6 @@ class KVCache(NamedTuple):
         """The view through which one group reads and writes."""
         return GroupCache(self.k_BGSMH, self.v_BGSMH, index)
 
-    def lengthened(self, num_slots: int) -> "KVCache":
-        """With empty slots behind the present ones, `num_slots` in all."""
-        more = num_slots - self.num_slots
-        return KVCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) for x in self))
-
 
 def empty_cache(
     config: ModelConfig, batch: int, num_slots: int, dtype: DTypeLike, layout: Layout = SINGLE_DEVICE

@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe.planner.backends import backends
 from moe.planner.chips import Chip
 from moe.planner.job import Job, job_from_json, rebuilt
 from moe.planner.target import SETUP, TargetError, can_compile
@@ -28,7 +29,8 @@ from parallel.network.environment import xla_flags
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(".cache/plan")
 SOURCES = (
-    "parallel", "moe/ops", "moe/model", "moe/train", "moe/serve", "moe/planner/lower.py", "moe/planner/compile.py",
+    "parallel", "moe/ops", "moe/model", "moe/train", "moe/serve", "moe/planner/lower.py", "moe/planner/backends.py",
+    "moe/planner/compile.py",
 )  # fmt: skip
 """What decides on the program and on what is kept of it; a change there compiles anew."""
 
@@ -183,7 +185,7 @@ def _work(folder: Path) -> None:
     start = time.monotonic()
     mesh = described_mesh(chip, job.mesh, cluster.gpus_per_node)
     dump = folder / "dump"
-    compiled = lower(job, mesh).compile()
+    compiled = lower(replace(job, execution=backends(chip, job.execution)), mesh).compile()
     seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
     facts = Facts(

@@ -47,6 +47,7 @@ def _backward(chunk, layout, gradients, dloss):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
+@jax.named_scope("head")
 def _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, *, with_gradients):
     layout = layout.for_length(hidden_BTD.shape[1])
     head_VD = layout.gather(head_VD.astype(hidden_BTD.dtype), "VD")
@@ -97,7 +98,8 @@ def _one_chunk(head_VD, layout, carry, chunk):
     loss += (weights_BT * (log_z_BT - chosen_BT)).sum()
     if dhead_VD is None:
         return (loss, None), None
-    dlogits_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - is_target_BTV) * weights_BT[..., None]
-    dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)
-    dhead_VD += jnp.einsum("BTV,BTD->VD", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
-    return (loss, dhead_VD), jnp.einsum("BTV,VD->BTD", dlogits_BTV, head_VD)
+    with jax.named_scope("backward"):
+        dlogits_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - is_target_BTV) * weights_BT[..., None]
+        dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)
+        dhead_VD += jnp.einsum("BTV,BTD->VD", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
+        return (loss, dhead_VD), jnp.einsum("BTV,VD->BTD", dlogits_BTV, head_VD)

@@ -8,11 +8,12 @@ from jax.sharding import PartitionSpec
 
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.moe_layer import MoEStats
+from moe.model.parameter import is_spec
 from moe.model.transformer import layer_groups
 from moe.ops.norm import rms_norm
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
-from moe.train.state import Blueprint, is_spec
+from moe.train.state import Blueprint
 from parallel import pipeline
 from parallel.layout import STAGE_AXIS, Layout
 
@@ -126,7 +127,7 @@ class _Stage(NamedTuple):
         """Told are the statistics of the stacks before, of this chunk and of the stacks after, as `Network` has it."""
         schedule, number, layout = self.schedule, self.number, self.layout
         biases = jax.tree.map(lambda b: b[turn.chunk // schedule.stages], self.biases)
-        model = self.blueprint.model(_joined(weights, shared, number), _joined(biases, self.other_biases, number))
+        model = self.blueprint.model(_joined(weights, shared, number), _joined(biases, self.other_biases, number), {})
         batch = self._batch(turn.microbatch)
         sight = model.sight(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
         scans = model.scans(jax.random.fold_in(self.key, turn.microbatch), layout)

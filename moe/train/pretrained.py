@@ -21,6 +21,7 @@ from moe.model.parameter import SelectionBias
 from moe.model.pieces import Piece, Source, load, pieces
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
+from moe.ops.quantize import Quantized
 from moe.train.trained import TrainedModel
 from parallel.layout import Layout
 
@@ -32,14 +33,15 @@ class Pretrained:
     config: of the model.
     dtype: in which most parameters are stored.
     settings: a checkpoint's config.json; empty for a run.
-    load: parameters and selection biases on a layout, as nested dicts; in a format, or None as stored.
+    load: parameters and selection biases on a layout, as nested dicts; in a format, or None as stored; matrices
+        quantized, or None.
     """
 
     folder: Path
     config: ModelConfig
     dtype: jnp.dtype
     settings: dict[str, Any]
-    load: Callable[[Layout, DTypeLike | None], tuple[dict[str, Any], dict[str, Any]]]
+    load: Callable[[Layout, DTypeLike | None, Quantized | None], tuple[dict[str, Any], dict[str, Any]]]
 
     def check(self, config: ModelConfig) -> None:
         """
@@ -86,10 +88,10 @@ def _from_source(folder: Path, source: Source, config: ModelConfig, settings: di
 
 
 def _load(
-    source: Source, config: ModelConfig, layout: Layout, dtype: DTypeLike | None
+    source: Source, config: ModelConfig, layout: Layout, dtype: DTypeLike | None, format: Quantized | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     precision = Precision()
     model = nnx.eval_shape(lambda: Transformer(config, precision, Execution(), rngs=nnx.Rngs(0)))
     balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=layout.whole()), balance)
-    return load(source, config, model_specs(config, precision), layout, dtype), zeros
+    return load(source, config, model_specs(config, precision), layout, dtype, format), zeros

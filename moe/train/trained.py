@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,9 +17,10 @@ from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import config_from_json
 from moe.model.parameter import SelectionBias, specs_of
-from moe.model.pieces import Piece
+from moe.model.pieces import Piece, load
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
+from moe.ops.quantize import Quantized
 from moe.train.checkpoint import CheckpointError, damage_of, named
 from parallel.layout import Layout
 
@@ -40,6 +42,32 @@ class ArraySource:
         for key in piece.path:
             array = array[key]
         return array
+
+
+class CheckpointSource:
+    """Parameters in a checkpoint's arrays (OCDBT, as Orbax writes them), of which a piece alone is read; a
+    `moe.model.pieces.Source`."""
+
+    CACHED = 1_000_000_000
+    """Bytes of chunks that are kept: a chunk has the same part of all layers."""
+
+    def __init__(self, state: Path) -> None:
+        self._store = {"driver": "ocdbt", "base": state.as_uri()}
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": self.CACHED}})
+        self._open: dict[str, Any] = {}
+
+    def dtype(self, piece: Piece) -> np.dtype:
+        return self._array(piece).dtype.numpy_dtype
+
+    def read(self, piece: Piece) -> np.ndarray:
+        return self._array(piece)[piece.index].read().result()
+
+    def _array(self, piece: Piece) -> Any:
+        if piece.name not in self._open:
+            kvstore = {**self._store, "path": f"params.{piece.name}/"}
+            found = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=self._context)
+            self._open[piece.name] = found.result()
+        return self._open[piece.name]
 
 
 class TrainedModel:
@@ -81,12 +109,23 @@ class TrainedModel:
         """The parameters on `layout`, as stored."""
         return ArraySource(self.restore(layout)[0])
 
-    def restore(self, layout: Layout, dtype: DTypeLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def restore(
+        self, layout: Layout, dtype: DTypeLike | None = None, format: Quantized | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters on `layout`, and the routers' selection biases, as nested dicts.
 
         Args:
             dtype: of the parameters; None as stored.
+            format: of matrices that can be quantized, piece by piece; None to leave them.
         """
+        if format is not None:
+            source = CheckpointSource(self.checkpoint / "state")
+            params = load(source, self.config, self.specs, layout, dtype, format)
+            return params, self._restore(layout, None, ["balance"])["balance"]
+        found = self._restore(layout, dtype, ["params", "balance"])
+        return found["params"], found["balance"]
+
+    def _restore(self, layout: Layout, dtype: DTypeLike | None, parts: list[str]) -> dict[str, Any]:
         where = {
             "params": jax.tree.map(
                 lambda spec: layout.stored(spec.axes, spec.shape), self.specs, is_leaf=lambda x: hasattr(x, "axes")
@@ -105,9 +144,11 @@ class TrainedModel:
                 where[part],
                 is_leaf=lambda x: x is None,
             )
-            for part in self._abstract
+            for part in parts
         }
         flat = named(abstract)
+        if not flat:
+            return abstract
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
                 self.checkpoint / "state",
@@ -115,8 +156,7 @@ class TrainedModel:
                     flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True
                 ),
             )
-        tree = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(found[name]) for name in flat])
-        return tree["params"], tree["balance"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(found[name]) for name in flat])
 
     def _newest(self) -> Path:
         checkpoints = self.folder / "checkpoints"

@@ -1,14 +1,16 @@
 """The GPU network, looked after: python -m parallel.network --help"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 
+from parallel.distributed import DistributedError, detect, initialize, leave
 from parallel.mesh import MeshConfig, MeshError, parse_mesh
-from parallel.network.bench import Processes, join, measure_links, summarize
+from parallel.network.bench import measure_links, summarize
 from parallel.network.bench_report import BenchProgress, parse_sizes, print_links, print_measurements
 from parallel.network.cluster import Cluster, ClusterError, Fabric
 from parallel.network.collect import collect
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (RecordingError, ClusterError, MeshError) as error:
+    except (RecordingError, ClusterError, MeshError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
@@ -187,11 +189,11 @@ def _bench(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise MeshError(str(error)) from error
     axes = _axes(config, options.axis)
-    if options.coordinator is None and (options.processes, options.process) != (1, 0):
-        raise MeshError("--processes and --process need --coordinator HOST:PORT, where process 0 listens")
-    if options.coordinator is not None:
-        join(Processes(options.coordinator, options.processes, options.process), config)
-    silent = options.process > 0
+    processes = detect(os.environ, coordinator=options.coordinator, count=options.processes, index=options.process)
+    if config.num_devices % processes.count:
+        raise MeshError(f"{config.num_devices} devices do not divide over {processes.count} processes")
+    initialize(processes, config.num_devices)
+    silent = processes.index > 0
     with BenchProgress(len(axes) * len(COLLECTIVES) * len(sizes), silent) as progress:
         measured, hosts = measure_links(config, axes, sizes, options.repeats, progress)
     if silent:
@@ -230,8 +232,8 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="where to write the links, as JSON for planning")
     command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
-    command.add_argument("--processes", type=_positive, default=1, metavar="N", help="how many there are")
-    command.add_argument("--process", type=int, default=0, metavar="I", help="which one this is, from 0")
+    command.add_argument("--processes", type=_positive, metavar="N", help="how many there are")
+    command.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     command.set_defaults(run=_bench)
 
 
@@ -242,4 +244,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,7 +8,6 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,53 +16,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from parallel.mesh import MeshConfig, MeshError, make_mesh
+from parallel.mesh import MeshConfig, make_mesh
 from parallel.network.collectives import COLLECTIVES, Collective
 from parallel.network.links import LinkClass, Links, Measurement, fit_links
 
 _BYTES_OF_A_LOOP = 16 << 20
 _MOST_ROUNDS = 32
 _HOST_NAME_BYTES = 256
-_HEARTBEAT_SECONDS = 10
 
 Report = Callable[[Measurement], None]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Several processes that measure together.
-
-    coordinator: HOST:PORT on which process 0 listens; count: how many; index: which this is.
-    """
-
-    coordinator: str
-    count: int
-    index: int
-
-    def __post_init__(self) -> None:
-        if ":" not in self.coordinator:
-            raise MeshError(f"--coordinator {self.coordinator}: give HOST:PORT, such as node0:1234")
-        if not 0 <= self.index < self.count:
-            raise MeshError(f"--process {self.index} of --processes {self.count}: give 0 to {self.count - 1}")
-
-
-def join(processes: Processes, config: MeshConfig) -> None:
-    """Starts JAX as one of several processes that share out the mesh's devices evenly; CPUs speak through gloo.
-
-    Raises:
-        MeshError: the devices do not divide.
-        RuntimeError: the others did not come.
-    """
-    devices, rest = divmod(config.num_devices, processes.count)
-    if rest:
-        raise MeshError(f"{config.num_devices} devices do not divide over --processes {processes.count}")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_num_cpu_devices", devices)
-    jax.distributed.initialize(
-        processes.coordinator, processes.count, processes.index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-    )
-    # The devices are made here, so that make_mesh, which asks for virtual ones where none are, takes what there is.
-    jax.devices()
 
 
 def measure_links(

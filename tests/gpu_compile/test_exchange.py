@@ -1,6 +1,5 @@
 """The exchanges compiled for eight H20s: XLA's own ragged all-to-all, and what runs while rows travel."""
 
-import importlib.util
 import re
 
 import jax
@@ -15,13 +14,10 @@ from moe.model.moe_layer import MoELayer
 from moe.model.precision import Precision
 from parallel.layout import Layout
 from parallel.mesh import MeshConfig
-from tests.gpu_compile.target import h20_mesh
+from tests.gpu_compile.target import h20_mesh, needs_plugin
 from tests.parallel.exchange.program import main_computation
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="the CUDA plugin is not installed: pip install -r requirements-plan.txt, in an environment of its own",
-)
+pytestmark = needs_plugin
 
 B, T, D, F, E = 8, 1024, 1024, 1024, 16
 
@@ -32,7 +28,7 @@ def compiled_layer(exchange: str, chunks: int = 1, gradients: bool = True):
         num_experts=E, d_expert=F, num_shared_experts=1, router=RouterConfig(top_k=2),
     )  # fmt: skip
     execution = Execution(grouped_matmul="ragged", exchange=exchange, exchange_chunks=chunks, devices_per_node=2)
-    layout = Layout(h20_mesh(MeshConfig(expert=8).sizes))
+    layout = Layout(h20_mesh(MeshConfig(expert=8)))
 
     def layer() -> MoELayer:
         return MoELayer(config, Precision(), execution, rngs=nnx.Rngs(0))

@@ -3,7 +3,6 @@
 Needs the CUDA plugin (requirements-plan.txt), JAX_PLATFORMS=cpu and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1; skipped without.
 """
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -15,17 +14,15 @@ from moe.ops.attention.cudnn import cudnn_kernel
 from moe.ops.attention.view import View
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.grouped_matmul.triton import triton_kernels
-from tests.gpu_compile.target import h20_mesh
+from parallel.mesh import MeshConfig
+from tests.gpu_compile.target import h20_mesh, needs_plugin
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="the CUDA plugin is not installed: pip install -r requirements-plan.txt, in an environment of its own",
-)
+pytestmark = needs_plugin
 
 
 def compiled(function, *shapes):
     """The optimized program for one H20, and its memory."""
-    sharding = NamedSharding(h20_mesh({"data": 1}), PartitionSpec())
+    sharding = NamedSharding(h20_mesh(MeshConfig()), PartitionSpec())
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
     return jax.jit(function).lower(*given).compile()
 

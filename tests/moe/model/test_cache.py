@@ -44,7 +44,7 @@ def test_ragged_prompts_then_single_tokens_give_the_recomputed_hidden_states(cha
     for b, length in enumerate(lengths_B):
         np.testing.assert_allclose(output.hidden_BTD[b, :length], expected_BTD[b, :length], atol=1e-5)
 
-    cache = output.cache.lengthened(12)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 5), (0, 0), (0, 0))), output.cache)
     step = jax.jit(lambda tokens_B1, slots_B1, cache: model(tokens_B1, slots_B1, cache=cache))
     for taken in range(5):
         slots_B1 = (lengths_B + taken)[:, None]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from parallel.mesh import MeshConfig, MeshError, make_mesh
+from parallel.mesh import MeshConfig, make_mesh
 from parallel.network.__main__ import main
-from parallel.network.bench import Processes, hosts_of_processes, link_class, measure
+from parallel.network.bench import hosts_of_processes, link_class, measure
 from parallel.network.bench_report import parse_sizes, size_in_words
 from parallel.network.collectives import COLLECTIVES
 from parallel.network.links import read_links
@@ -78,20 +78,19 @@ def test_command(tmp_path, capsys):
         (["--mesh", "data=2", "--axis", "expert"], "--axis expert: give an axis of more than one device (data)"),
         (["--mesh", "data=2", "--sizes", "big"], "'big' is no size"),
         (["--mesh", "data=64"], "needs 64 devices"),
-        (["--mesh", "data=2", "--coordinator", "node0"], "give HOST:PORT"),
+        (["--mesh", "data=2", "--coordinator", "node0"], "give all of --coordinator, --processes, --process"),
+        (["--mesh", "data=2", "--coordinator", "node0", "--processes", "2", "--process", "1"], "a free port there"),
         (["--mesh", "data=2", "--coordinator", "node0:1", "--processes", "2", "--process", "2"], "give 0 to 1"),
-        (["--mesh", "data=2", "--processes", "2", "--process", "1"], "need --coordinator"),
-        (["--mesh", "data=3", "--coordinator", "node0:1", "--processes", "2"], "3 devices do not divide"),
+        (["--mesh", "data=2", "--processes", "2", "--process", "1"], "without --coordinator"),
+        (
+            ["--mesh", "data=3", "--coordinator", "node0:1", "--processes", "2", "--process", "1"],
+            "3 devices do not divide",
+        ),
     ],
 )
 def test_mistakes(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_processes_need_an_address():
-    with pytest.raises(MeshError):
-        Processes("node0", 2, 0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,249 @@
+"""A step's work from the settings alone: seconds instead of a compilation's half minute, and without its environment.
+
+What a device computes and sends follows from model, mesh and layout; how much of it overlaps, and what XLA makes of
+gathers and sums, is as our compiled programs show it (`implementation.py`). tests/gpu_compile/test_estimate.py holds
+estimates against counts of compiled programs.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe.model.transformer import layer_groups
+from moe.planner.estimate_layer import Layer, alone, together
+from moe.planner.implementation import OURS, Implementation
+from moe.planner.job import Job
+from moe.planner.sizes import Sizes
+from moe.planner.work import Event, Loop, Run, Transfer, TransferKind, Use, Work
+from parallel.pipeline import Schedule
+
+ADAM_PASSES = 7
+"""Numbers that AdamW reads (parameter, gradient, two moments) and writes (all but the gradient) for each parameter."""
+
+
+def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -> Work:
+    """
+    Args:
+        devices_per_node: consecutive devices of the mesh that share a node.
+        how: what the settings leave open; our own programs by default.
+    """
+    step = _Step(Sizes(job, devices_per_node), how)
+    return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")
+
+
+def idle_share(job: Job) -> float:
+    """Share of a pipeline's ticks in which a stage has nothing to do; 0 without stages."""
+    if job.mesh.stage == 1:
+        return 0.0
+    schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
+    return schedule.bubble / (1 + schedule.bubble)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The layers of one cross-layer group, which one turn of a loop goes through."""
+
+    layers: tuple[Layer, ...]
+
+    def forward(self, *, recomputed: bool = False) -> tuple[Event, ...]:
+        gathers = [each for layer in self.layers for each in layer.gathers(backward=recomputed)]
+        kernels = [
+            event
+            for layer in self.layers
+            for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
+        ]
+        if self.layers[0].how.prefetches:
+            return together(gathers, kernels)
+        return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
+
+    def kept(self, kind: TransferKind) -> list[Event]:
+        """Outputs of the products with weights, on their way to the host and back."""
+        sizes = self.layers[0].sizes
+        numbers = sum(
+            run.shape[1] * run.shape[2]
+            for layer in self.layers
+            for run in layer.forward()
+            if isinstance(run, Run) and run.kind == "matmul" and run.shape
+        )
+        inside = float(numbers * sizes.compute)
+        return list(alone(Transfer("kept." + kind, "other", kind, (), 1, 1, inside, 0.0, backward=kind == "to-device")))
+
+    def backward(self, remat: str, sums: int) -> tuple[Event, ...]:
+        layers = [event for layer in reversed(self.layers) for event in layer.backward(sums)]
+        if remat == "none":
+            return tuple(layers)
+        again = self.forward(recomputed=True)
+        if remat == "full":
+            return again + tuple(layers)
+        # What is kept are the products with weights outside the experts.
+        again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
+        return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
+
+
+@dataclass(frozen=True)
+class _Step:
+    sizes: Sizes
+    how: Implementation
+
+    @property
+    def job(self) -> Job:
+        return self.sizes.job
+
+    def groups(self) -> list[tuple[Group, int]]:
+        """Each kind of group with how many of them follow each other."""
+        found = []
+        for dense, repeat in layer_groups(self.sizes.model):
+            last = len(dense) - 1
+            layers = (
+                Layer(self.sizes, self.how, is_dense, place == 0, place == last, place)
+                for place, is_dense in enumerate(dense)
+            )
+            found.append((Group(tuple(layers)), repeat))
+        return found
+
+    def training(self) -> Iterator[Event]:
+        job = self.job
+        if job.mesh.stage > 1:
+            yield from self._pipelined()
+        else:
+            each, last = (
+                (*self._embedding(), *self._forward(), *self._head(), *self._backward(sums))
+                for sums in (self._sums_of_each, self._sums_of_last)
+            )
+            if job.microbatches > 1:
+                yield Loop(job.microbatches - 1, each)
+            yield from last
+        yield from self._optimizer()
+
+    @property
+    def _sums_of_each(self) -> int:
+        """Bytes of a number of the gradients that are summed in every microbatch, but the last."""
+        return 0 if self.how.sums_once else self.sizes.compute
+
+    @property
+    def _sums_of_last(self) -> int:
+        return 4 if self.how.sums_once else self.sizes.compute
+
+    def serving(self) -> Iterator[Event]:
+        yield from self._embedding()
+        yield from (Loop(repeat, group.forward()) for group, repeat in self.groups())
+        s = self.sizes
+        yield from alone(self._gather("head", s.compute))
+        yield s.product("logits", "head", s.sequences, s.model.vocab_size // s.tensor, s.model.d_model, out=4)
+
+    def _forward(self) -> Iterator[Event]:
+        on_host = self.job.execution.remat == "matmuls_on_host"
+        for group, repeat in self.groups():
+            yield Loop(repeat, (*group.forward(), *(group.kept("to-host") if on_host else ())))
+
+    def _backward(self, sums: int) -> Iterator[Event]:
+        for group, repeat in reversed(self.groups()):
+            yield Loop(repeat, group.backward(self.job.execution.remat, sums))
+
+    def _pipelined(self) -> Iterator[Event]:
+        """One chunk a tick, forward and backward; ticks in which a stage idles are computed like all others
+        (parallel/pipeline.py)."""
+        job, s = self.job, self.sizes
+        schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
+        groups = self._of_one_chunk(job.mesh.stage * job.virtual_stages)
+        handed = float(s.stream * s.model.d_model * s.compute)
+        onward, back = (
+            s.transfer(f"stage.{way}", "other", "collective-permute", ("stage",), handed, backward=way == "back")
+            for way in ("onward", "back")
+        )
+        layers: tuple[Event, ...] = tuple(Loop(repeat, group.forward()) for group, repeat in groups)
+        again = tuple(Loop(repeat, group.forward(recomputed=True)) for group, repeat in groups)
+        each, last = (
+            (
+                *(again if self.how.lockstep else ()),
+                *(Loop(repeat, group.backward(job.execution.remat, sums)) for group, repeat in reversed(groups)),
+            )
+            for sums in (self._sums_of_each, self._sums_of_last)
+        )
+        yield Loop(schedule.forward_ticks, self._handing((*self._embedding(), *layers), onward))
+        yield Loop(job.microbatches, tuple(self._head()))
+        yield Loop(schedule.forward_ticks - job.virtual_stages, self._handing(each, back))
+        yield Loop(job.virtual_stages, self._handing(last, back))
+
+    def _handing(self, events: tuple[Event, ...], transfer: Transfer) -> tuple[Event, ...]:
+        return together([transfer], events) if self.how.hides_stages else (*events, *alone(transfer))
+
+    def _of_one_chunk(self, chunks: int) -> list[tuple[Group, float]]:
+        """Groups of layers of which every stage computes so many in a tick."""
+        groups = self.groups()
+        longest = max(repeat for _, repeat in groups)
+        return [
+            (group, repeat if self.how.lockstep and repeat != longest else repeat / chunks) for group, repeat in groups
+        ]
+
+    def _embedding(self) -> Iterator[Event]:
+        s = self.sizes
+        yield from alone(self._gather("embedding", s.stored))
+        yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
+
+    def _head(self) -> Iterator[Event]:
+        """Loss and its gradients, chunk by chunk (moe/train/loss.py)."""
+        s, job, D = self.sizes, self.job, self.sizes.model.d_model
+        V = s.model.vocab_size // s.tensor
+        length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
+        chunk = min(job.loss_chunk, length)
+        m = s.sequences * chunk
+        yield from alone(self._gather("head", s.compute))
+        yield Loop(
+            math.ceil(length / chunk),
+            (
+                s.product("logits", "head", m, V, D, out=4),
+                s.pass_over("softmax", "head", m * V * 4 / s.compute, 3.5),
+                # Added to the sum in float32.
+                s.product("dhead", "head", V, D, m, out=8, backward=True),
+                s.product("dhidden", "head", m, D, V, backward=True),
+            ),
+        )
+        if not self.how.sums_once:
+            yield from self._sums_of_tables()
+
+    def _sums_of_tables(self) -> Iterator[Event]:
+        """Gradients of the embedding and the head, in float32: over copies, then over the devices that keep parts."""
+        s = self.sizes
+        size = 4.0 * s.model.vocab_size // s.tensor * s.model.d_model
+        copies = tuple(axis for axis in s.token_axes if axis not in s.fsdp)
+        kind: TransferKind = "reduce-scatter" if self.job.layout.zero >= 2 else "all-reduce"
+        for name in ("embedding", "head"):
+            shares = s.over(*s.fsdp) if name == "embedding" and self.job.layout.zero >= 2 else 1
+            yield from alone(s.transfer(f"sum.{name}", "optimizer", kind, s.fsdp, size, backward=True))
+            copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)
+            yield from alone(copied)
+
+    def _gather(self, use: Use, size: int) -> Transfer:
+        s = self.sizes
+        axes = s.fsdp if self.job.layout.zero == 3 else ()
+        numbers = s.model.vocab_size // s.tensor * s.model.d_model
+        return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
+
+    def parameters(self) -> float:
+        """Numbers that this device keeps where optimizer states are shared out as finely as they are."""
+        s = self.sizes
+        tables = s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
+        numbers = tables / s.over(*s.fsdp)
+        for group, repeat in self.groups():
+            for layer in group.layers:
+                for weight in layer.weights():
+                    shares = s.over(*(s.expert_fsdp if weight.use == "experts" else s.fsdp))
+                    numbers += weight.numbers * repeat / shares / self.job.mesh.stage
+        return numbers
+
+    def _optimizer(self) -> Iterator[Event]:
+        own = self.parameters()
+        if self.how.sums_once:
+            yield from self._sums_of_tables()
+        moments = 2 * own * 4
+        offloaded = self.job.layout.optimizer_states == "host"
+        update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
+        if offloaded:
+            yield from alone(Transfer("states.in", "optimizer", "to-device", (), 1, 1, moments, 0.0))
+        yield update
+        if offloaded:
+            yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        if self.job.layout.zero < 3 and not self.how.sums_once:
+            size = own * self.sizes.over(*self.sizes.fsdp) * self.sizes.stored
+            yield from alone(self.sizes.transfer("gather.parameters", "optimizer", "all-gather", self.sizes.fsdp, size))
