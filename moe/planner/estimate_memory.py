@@ -8,31 +8,23 @@ Letters as everywhere (WORKSPACE.md); all sizes are of one device.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
-from moe.model.config import ModelConfig
-from moe.model.execution import Execution
 from moe.model.moe_layer import chunk_limit
-from moe.model.parameter import ParameterSpec, specs_of
-from moe.model.precision import Precision
+from moe.model.parameter import ParameterSpec
 from moe.model.router import capacity
-from moe.model.transformer import Transformer, layer_groups
+from moe.model.transformer import layer_groups
 from moe.planner.chips import Chip
+from moe.planner.estimate_states import States, abstract_layout, states_of
 from moe.planner.job import Job
 from moe.planner.work import Memory, Part
 from moe.train.pipelined import check_stages, pipelined_stack
-from moe.train.state import is_spec
-from parallel.exchange import make_exchange
-from parallel.layout import FSDP_AXES, Layout, SEQUENCE_AXIS, TENSOR_AXIS
-from parallel.mesh import MeshConfig
+from parallel.layout import Layout
 from parallel.pipeline import Schedule
 
 
@@ -55,29 +47,14 @@ def estimate_memory(job: Job, chip: Chip, devices_per_node: int) -> Memory:
     )
 
 
-@lru_cache(maxsize=64)
-def _specs(model: ModelConfig, precision: Precision) -> tuple[ParameterSpec, ...]:
-    """Of all parameters; the same for every layout."""
-    whole = nnx.eval_shape(lambda: Transformer(model, precision, Execution(), rngs=nnx.Rngs(0)))
-    return tuple(jax.tree.leaves(specs_of(whole), is_leaf=is_spec))
-
-
-def abstract_layout(job: Job) -> Layout:
-    """The job's layout over a mesh without devices."""
-    sizes = job.mesh.sizes
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return Layout(mesh, job.layout)
-
-
-def _bytes(sharding: NamedSharding | None, spec: ParameterSpec, dtype: Any = None) -> int:
-    shape = sharding.shard_shape(spec.shape) if sharding else spec.shape
-    return math.prod(shape) * jnp.dtype(dtype or spec.dtype).itemsize
+def _bytes(sharding: NamedSharding, spec: ParameterSpec, dtype: Any = None) -> int:
+    return math.prod(sharding.shard_shape(spec.shape)) * jnp.dtype(dtype or spec.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class _Sizes:
     """
-    specs: of the parameters.
+    states: what stays on the device.
     tokens: of one microbatch between products, where sequences are split over `sequence` and `tensor`.
     gathered: the same inside products, where `tensor` splits heads and widths instead.
     compute: bytes of a number of the compute format.
@@ -85,7 +62,7 @@ class _Sizes:
 
     job: Job
     layout: Layout
-    specs: tuple[ParameterSpec, ...]
+    states: States
     sequences: int
     tokens: int
     gathered: int
@@ -103,7 +80,7 @@ class _Sizes:
         return cls(
             job,
             layout,
-            _specs(job.model, job.precision),
+            states_of(job, whole),
             sequences,
             sequences * layout.tokens_length(length, gathered=False),
             sequences * layout.tokens_length(length, gathered=True),
@@ -113,19 +90,9 @@ class _Sizes:
     # What stays.
 
     @property
-    def parameters(self) -> int:
-        return sum(_bytes(self.layout.stored(each.axes, each.shape), each) for each in self.specs)
-
-    @property
-    def optimizer_states(self) -> int:
-        """Adam's two moments, in the parameters' format, and the counts of steps."""
-        sharded = (_bytes(self.layout.optimizer_state(each.axes, each.shape), each) for each in self.specs)
-        return 2 * sum(sharded) + 8
-
-    @property
     def on_host(self) -> int:
         on_host = self.job.kind == "train" and self.job.layout.optimizer_states == "host"
-        return self.optimizer_states if on_host else 0
+        return self.states.optimizer_states if on_host else 0
 
     @property
     def batch(self) -> int:
@@ -164,7 +131,7 @@ class _Sizes:
     @property
     def stacked(self) -> "list[ParameterSpec]":
         """Matrices of the layers."""
-        return [each for each in self.specs if each.axes.startswith("L") and len(each.axes) > 2]
+        return [each for each in (*self.states.specs, *self.states.frozen_specs) if each.axes.startswith("L") and len(each.axes) > 2]
 
     @property
     def transposed(self) -> int:
@@ -189,7 +156,8 @@ class _Sizes:
         """(rows that a device sends, rows that its experts' buffers hold), the most that any routing needs."""
         job, layout, model = self.job, self.layout, self.job.model
         tokens = self.gathered if layout.config.splits_width else self.tokens
-        slots = capacity(model.router, model.num_experts, 1 if job.kind == "decode" else job.sequence_length)
+        # A model that serves drops nothing (moe/serve/engine.py).
+        slots = capacity(model.router, model.num_experts, job.sequence_length) if job.kind == "train" else None
         limit = chunk_limit(self.sequences, tokens // self.sequences, slots, job.execution.exchange_chunks)
         sent = min(tokens * model.router.top_k, model.num_experts * limit)
         parts = layout.expert_parallelism
@@ -204,7 +172,7 @@ class _Sizes:
         if piped:
             schedule = Schedule(self.layout.stages, job.virtual_stages, job.microbatches)
             kept += schedule.slots * self.compute * self.stream
-        accumulators = self.gradient_bytes(self.specs, jnp.dtype(job.precision.gradients))
+        accumulators = self.gradient_bytes(self.states.specs, jnp.dtype(job.precision.gradients))
         copies = 3 if piped else 2 if job.microbatches > 1 else 0
         vocabulary = self._vocabulary()
         turned = self.transposed if remat != "none" or piped else 0
@@ -215,14 +183,14 @@ class _Sizes:
             + max(self._backward(layers) for layers, _ in groups)
         )
         loss = self._loss(vocabulary)
-        states = self.optimizer_states if not self.on_host else 0
+        states = self.states.optimizer_states if not self.on_host else 0
         if backward >= loss:
             gradients = self.gradient_bytes(self.stacked) + 2 * 4 * vocabulary
         else:
             gradients = 2 * 4 * vocabulary
         moving = max(backward, loss)
         return {
-            "parameters": self.parameters,
+            "parameters": self.states.parameters,
             "optimizer_states": states,
             "gradients": copies * accumulators + gradients,
             "activations": kept,
@@ -236,7 +204,7 @@ class _Sizes:
         work = max(self._forward(layers) for layers, _ in groups)
         own = self.cache if self.job.kind == "prefill" else 0
         return {
-            "parameters": self.parameters,
+            "parameters": self.states.parameters,
             "cache": self.cache,
             "temporaries": self.transposed + 2 * max(weights) + work + own,
             "batch": 0,
