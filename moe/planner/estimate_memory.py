@@ -69,24 +69,13 @@ class _Estimate:
         return Layers(self.sizes)
 
     def training(self) -> dict[Part, int]:
-        job, schedule = self.job, self.schedule
-        groups = list(self.layers.groups())
-        kept = sum(count * self.kept(group) for group, count in groups)
-        if schedule is not None:
-            kept += schedule.slots * self.sizes.compute * self.layers.stream
-        gradients = 0 if job.layout.gradients == "host" else self.gradients(self.stacked)
-        gradients += 2 * self.head_gradient
-        working = self.transposed + max(self.backward(group) for group, _ in groups)
-        if self.loss > gradients + working:
-            gradients, working = 2 * self.head_gradient, self.loss - 2 * self.head_gradient
-        return {
+        stays: dict[Part, int] = {
             "parameters": self.states.parameters,
-            "optimizer_states": 0 if job.layout.optimizer_states == "host" else self.states.optimizer_states,
-            "gradients": self.accumulators + gradients,
-            "activations": kept,
-            "temporaries": working,
+            "optimizer_states": 0 if self.job.layout.optimizer_states == "host" else self.states.optimizer_states,
             "batch": self.batch,
         }
+        moments = (self._at_the_loss(), self._in_the_backward_pass(), self._in_the_update())
+        return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
         """A prefill fills a cache of its own before it writes into the given one. Of two layers the weights are there,
@@ -200,6 +189,52 @@ class _Estimate:
 
     # Moments of the step.
 
+    def _at_the_loss(self) -> dict[Part, int]:
+        """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
+        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
+        job, sizes = self.job, self.sizes
+        chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
+        logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
+        hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
+        return {
+            "gradients": self.accumulators + 3 * self.head_gradient,
+            "activations": self.activations,
+            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+        }
+
+    def _in_the_backward_pass(self) -> dict[Part, int]:
+        """Of the layers' gradients the whole stacks are there from its beginning; and the head's."""
+        stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked)
+        return {
+            "gradients": self.accumulators + stacks + 2 * self.head_gradient,
+            "activations": self.activations,
+            "temporaries": self.transposed + max(self.backward(group) for group, _ in self.layers.groups()),
+        }
+
+    def _in_the_update(self) -> dict[Part, int]:
+        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all of
+        them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under way,
+        in copies: parameter, two moments."""
+        gathered = largest = 0
+        for each in self.states.specs:
+            here, at_rest = (
+                each.dtype.itemsize * math.prod(where(each.axes, each.shape).shard_shape(each.shape))
+                for where in (self.layout.optimizer_state, self.layout.stored)
+            )
+            largest = max(largest, here)
+            gathered += at_rest if at_rest > here else 0
+        gradients = 0 if self.job.layout.on_host else self.gradients(self.states.specs, self.job.precision.gradients)
+        under_way = 0 if self.job.layout.on_host else 5 * largest
+        return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
+
+    @property
+    def activations(self) -> int:
+        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is computed
+        again."""
+        kept = sum(count * self.kept(group) for group, count in self.layers.groups())
+        schedule = self.schedule
+        return kept + (schedule.slots * self.sizes.compute * self.layers.stream if schedule else 0)
+
     @property
     def schedule(self) -> Schedule | None:
         if self.layout.stages == 1:
@@ -214,16 +249,6 @@ class _Estimate:
         """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out."""
         weights = self.weights(group)
         return self.layers.backward(group) + weights + weights // len(group)
-
-    @property
-    def loss(self) -> int:
-        """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
-        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
-        job, sizes = self.job, self.sizes
-        chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
-        logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
-        hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
-        return (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + 3 * self.head_gradient + hidden
 
 
 def _is_stacked(spec: ParameterSpec) -> bool:
