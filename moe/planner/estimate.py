@@ -52,9 +52,10 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        if self.layers[0].how.prefetches:
-            return together(gathers, kernels)
-        return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
+        # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
+        late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
+        early = (event for gather in gathers if gather not in late for event in alone(gather))
+        return (*early, *together(late, kernels))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""

@@ -149,12 +149,14 @@ class Layer:
         return self.how.hides_tensor and transfer.use != "experts"
 
     def _summing(self, kernels: list[Run], pending: list[Transfer]) -> Iterator[Event]:
-        """Each sum runs beside the product that follows it; what is left over beside nothing."""
+        """Each sum runs beside two products, as many as there are for each weight; what is left over beside nothing."""
+        beside_it: list[Run] = []
         for kernel in kernels:
-            if pending and kernel.kind in ("matmul", "grouped_matmul"):
-                yield from beside(pending.pop(0), kernel)
-            else:
-                yield kernel
+            beside_it.append(kernel)
+            if pending and sum(each.kind in ("matmul", "grouped_matmul") for each in beside_it) == 2:
+                yield from beside(pending.pop(0), *beside_it)
+                beside_it = []
+        yield from beside_it
         for transfer in pending:
             yield from alone(transfer)
 
@@ -311,6 +313,9 @@ class Layer:
         if not self.dense and self.sizes.model.num_shared_experts:
             uses.append("shared_expert")
         both = [each for use in uses for each in (self._gather_stream(use, flags), self._scatter_stream(use, flags))]
+        # Of what is kept a device has its own positions, and the gradient of a weight takes those of all.
+        kept = self.sizes.job.execution.remat == "none"
+        both += [self._gather_stream(use, flags) for use in uses if kept and use != "experts"]
         return both + self._heads(flags)
 
     def _gather_stream(self, use: Use, flags: Flags) -> Transfer:
