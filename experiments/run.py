@@ -12,6 +12,7 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -178,17 +179,34 @@ def load_experiment(path: Path) -> Experiment:
     Raises:
         ConfigError: no such file, an error in it, or no Experiment of that name.
     """
+    return experiment_in(definitions(path), path)
+
+
+def definitions(path: Path) -> dict[str, Any]:
+    """What a Python file defines, by name.
+
+    Raises:
+        ConfigError: no such file, or an error in it.
+    """
     if not path.is_file():
         known = ", ".join(sorted(str(file) for file in Path("experiments").glob("*.py") if _defines_one(file)))
         raise ConfigError(f"{path}: no such file; give an experiment file" + (f", such as {known}" if known else ""))
     try:
-        found = runpy.run_path(str(path)).get("experiment")
+        return runpy.run_path(str(path))
     except ConfigError:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f", line {lines[-1]}" if lines else ""
         raise ConfigError(f"{path}{line}: {type(error).__name__}: {error}") from error
+
+
+def experiment_in(defined: dict[str, Any], path: Path) -> Experiment:
+    """
+    Raises:
+        ConfigError: there is no Experiment of that name.
+    """
+    found = defined.get("experiment")
     if not isinstance(found, Experiment):
         raise ConfigError(f"{path}: defines no `experiment = Experiment(...)`; see experiments/tiny.py for one")
     return found

@@ -54,13 +54,17 @@ class LayoutConfig:
     sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
         sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
         heads need not divide (moe/ops/attention/ring.py).
-    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts'.
+    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts', from where the update
+        fetches one layer after the other (with mesh.stage above 1: all at once).
+    gradients: where those of the layers wait for the update: in the devices' memory, or in their hosts', where the
+        backward pass puts each layer's, in the parameters' format.
     """
 
     experts: tuple[str, ...] = ("expert",)
     zero: Literal[1, 2, 3] = 3
     sequence: Literal["heads", "ring"] = "heads"
     optimizer_states: Literal["device", "host"] = "device"
+    gradients: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         known = tuple(MeshConfig().sizes)
@@ -206,6 +210,13 @@ class Layout:
         """
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
+    def divided(self, axes: str, shape: tuple[int, ...]) -> str:
+        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
+        that do not divide as the weight's do."""
+        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
+        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
+        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
         sharding = self._checked(axes, shape, self.sharded_spec(axes, shape[0]))
@@ -253,7 +264,8 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        return self._constrain(weight, self.used_spec(axes))
+        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
@@ -357,7 +369,7 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = (names,) if isinstance(names, str) else names or ()
+            names = _names(names)
             parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
@@ -366,6 +378,11 @@ class Layout:
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
+
+
+def _names(split: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:

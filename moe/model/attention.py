@@ -10,7 +10,7 @@ from flax import nnx
 from moe.model.cache import GroupCache
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import matrix, norm_scale
+from moe.model.parameter import matrix, norm_scale, used
 from moe.model.precision import Precision
 from moe.ops.attention import attention
 from moe.ops.attention.ring import ring_attention
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         else:
             y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
         y_BTNH = layout.constrain(y_BTNH, "BTNH")
-        w_o_NHD = layout.gather(self.w_o_NHD[...].astype(self.dtype), "NHD")
+        w_o_NHD = used(self.w_o_NHD, self.dtype, layout)
         return layout.constrain(jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), "BTD"), kv
 
     def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         return ring(q_BTNH, kv.k_BSMH, kv.v_BSMH, sight.segments_BT)
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:
-        w_q_DNH = layout.gather(self.w_q_DNH[...].astype(self.dtype), "DNH")
+        w_q_DNH = used(self.w_q_DNH, self.dtype, layout)
         q_BTNH = layout.constrain(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
@@ -139,10 +139,9 @@ class Attention(nnx.Module):
         return q_BTNH
 
     def _project_kv(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
-        w_k_DMH = layout.gather(self.w_k_DMH[...].astype(self.dtype), "DMH")
-        w_v_DMH = layout.gather(self.w_v_DMH[...].astype(self.dtype), "DMH")
         k_BTMH, v_BTMH = (
-            layout.constrain(jnp.einsum("BTD,DMH->BTMH", x_BTD, w_DMH), "BTMH") for w_DMH in (w_k_DMH, w_v_DMH)
+            layout.constrain(jnp.einsum("BTD,DMH->BTMH", x_BTD, used(w, self.dtype, layout)), "BTMH")
+            for w in (self.w_k_DMH, self.w_v_DMH)
         )
         if self.qk_norm == "before_rope":
             k_BTMH = rms_norm(k_BTMH, self.k_norm_H[...].astype(self.dtype), self.eps)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import matrix
+from moe.model.parameter import matrix, used
 from moe.model.precision import Precision
 from moe.ops.grouped_matmul import grouped_matmul
 from parallel.layout import Layout
@@ -34,8 +34,7 @@ class Experts(nnx.Module):
 
     def weights(self, layout: Layout) -> ExpertWeights:
         """The weights as used: each device holds its own experts, or its part of their width."""
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
-        return ExpertWeights(layout.gather(gate, "EDF"), layout.gather(up, "EDF"), layout.gather(down, "EFD"))
+        return ExpertWeights(*(used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)))
 
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.parameter import Kind, matrix
+from moe.model.parameter import Kind, matrix, used
 from moe.model.precision import Precision
 from parallel.layout import Layout
 
@@ -19,8 +19,9 @@ class FeedForward(nnx.Module):
         self.w_down_FD = matrix("FD", (width, d_model), kind, std, precision, rngs)
 
     def __call__(self, x_BTD: jax.Array, layout: Layout) -> jax.Array:
-        w_gate_DF, w_up_DF = (layout.gather(w[...].astype(self.dtype), "DF") for w in (self.w_gate_DF, self.w_up_DF))
-        w_down_FD = layout.gather(self.w_down_FD[...].astype(self.dtype), "FD")
+        w_gate_DF, w_up_DF, w_down_FD = (
+            used(w, self.dtype, layout) for w in (self.w_gate_DF, self.w_up_DF, self.w_down_FD)
+        )
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF)
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF)
         hidden_BTF = layout.constrain(jax.nn.silu(gate_BTF) * up_BTF, "BTF")

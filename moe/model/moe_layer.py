@@ -108,7 +108,8 @@ class MoELayer(nnx.Module):
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             if splits_width:
-                x_BTD, experts_BTK, weights_BTK = map(layout.gather_sequence, (x_BTD, experts_BTK, weights_BTK))
+                with jax.named_scope("exchange"):
+                    x_BTD, experts_BTK, weights_BTK = map(layout.gather_sequence, (x_BTD, experts_BTK, weights_BTK))
             num_sequences, length, _ = x_BTD.shape
             chunks = self.execution.exchange_chunks
             exchange = self._exchange(layout, chunk_limit(num_sequences, length, slots, chunks))
@@ -123,7 +124,10 @@ class MoELayer(nnx.Module):
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
-            return layout.sum_to_sequence(y_BTD) if splits_width else y_BTD, layout.mean_over_devices(sent)
+            if splits_width:
+                with jax.named_scope("exchange"):
+                    y_BTD = layout.sum_to_sequence(y_BTD)
+            return y_BTD, layout.mean_over_devices(sent)
 
         with jax.named_scope("experts"):
             weights = self.experts.weights(layout)

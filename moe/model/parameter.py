@@ -1,15 +1,23 @@
 """One declaration of a parameter: shape, axes, kind and initial value, from which sharding, weight decay, planning
 and checkpoint names follow without any array."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from moe.model.precision import Precision
+from moe.ops.quantize import Quantized, QuantizedWeight, dequantize, quantize
+from parallel.layout import Layout
 
-Kind = Literal["embedding", "head", "norm", "attention", "router", "expert", "shared_expert", "dense"]
+Kind = Literal["embedding", "head", "norm", "attention", "router", "expert", "shared_expert", "dense", "adapter"]
+
+QUANTIZED_KINDS: tuple[Kind, ...] = ("attention", "expert", "shared_expert", "dense")
+"""What the quantized formats of `Precision.frozen` are for."""
 
 
 class ParameterSpec(NamedTuple):
@@ -19,6 +27,11 @@ class ParameterSpec(NamedTuple):
     dtype: jnp.dtype
     axes: str
     kind: Kind
+
+
+def is_spec(x: Any) -> bool:
+    """For `is_leaf`: whether x is one parameter's spec."""
+    return isinstance(x, ParameterSpec)
 
 
 class SelectionBias(nnx.Variable):
@@ -31,12 +44,41 @@ def matrix(
     """A weight drawn from a normal distribution of mean 0 (released code, HunYuanPreTrainedModel._init_weights)."""
     assert len(axes) == len(sizes)
     values = std * jax.random.normal(rngs.params(), sizes, jnp.float32)
-    return nnx.Param(values.astype(precision.parameters), axes=axes, kind=kind)
+    if precision.quantized and kind in QUANTIZED_KINDS:
+        return nnx.Param(quantized(values, axes, precision.quantized), axes=axes, kind=kind)
+    return nnx.Param(values.astype(precision.stored_dtype), axes=axes, kind=kind)
 
 
 def norm_scale(axis: str, size: int, precision: Precision) -> nnx.Param:
     """The weight of an RMSNorm: ones."""
-    return nnx.Param(jnp.ones(size, precision.parameters), axes=axis, kind="norm")
+    return nnx.Param(jnp.ones(size, precision.stored_dtype), axes=axis, kind="norm")
+
+
+def quantized(values: jax.Array, axes: str, format: Quantized) -> QuantizedWeight:
+    """A matrix in a quantized format; `axes` are its own, without L.
+
+    A product sums over D, and where D is its output, over all other axes but E.
+    """
+    summed = "D" if axes[-1] != "D" else axes[:-1].removeprefix("E")
+    return quantize(values, format, tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed))
+
+
+def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
+    """A weight as products use it: in the compute format, and gathered. What moves has the compute format, or the
+    quantized one."""
+    weight, axes = param.get_value(), param.get_metadata("axes")
+    if isinstance(weight, QuantizedWeight):
+        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
+    return layout.gather(weight.astype(dtype), axes)
+
+
+def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:
+    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along an
+    axis on which there are too few of them to be shared out."""
+    if not isinstance(weight, QuantizedWeight):
+        return place(weight, axes)
+    scales = place(weight.scales, layout.divided(axes, weight.scales.shape))
+    return replace(weight, values=place(weight.values, axes), scales=scales)
 
 
 def specs_of(model: nnx.Module) -> dict[str, Any]:

@@ -28,15 +28,10 @@ from parallel.network.environment import xla_flags
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(".cache/plan")
 SOURCES = (
-    "parallel",
-    "moe/ops",
-    "moe/model",
-    "moe/train",
-    "moe/serve",
-    "moe/planner/lower.py",
-    "moe/planner/backends.py",
-)
-"""What decides on the program; a change there compiles anew."""
+    "parallel", "moe/ops", "moe/model", "moe/train", "moe/serve", "moe/planner/lower.py", "moe/planner/backends.py",
+    "moe/planner/compile.py",
+)  # fmt: skip
+"""What decides on the program and on what is kept of it; a change there compiles anew."""
 
 
 class CompileError(RuntimeError):
@@ -83,6 +78,10 @@ class Compiled:
     def buffers(self) -> str:
         """XLA's buffer assignment: every allocation with the values in it."""
         return _unpacked(self.folder / "buffers.txt.gz")
+
+    def lifetimes(self) -> str:
+        """XLA's live ranges: the flattened schedule, and for each value where in it the value begins and ends."""
+        return _unpacked(self.folder / "lifetimes.txt.gz")
 
 
 def compile_job(
@@ -152,6 +151,11 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()
 
 
+def _pack(file: Path, text: str) -> None:
+    with gzip.open(file, "wt", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 def _unpacked(file: Path) -> str:
     with gzip.open(file, "rt", encoding="utf-8") as stream:
         return stream.read()
@@ -192,10 +196,10 @@ def _work(folder: Path) -> None:
         resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         jax=jax.__version__,
     )
-    (assignment,) = dump.glob("*_gpu_after_optimizations-buffer-assignment.txt")
-    for name, text in (("program.hlo.gz", compiled.as_text() or ""), ("buffers.txt.gz", assignment.read_text("utf-8"))):
-        with gzip.open(folder / name, "wt", encoding="utf-8") as stream:
-            stream.write(text)
+    _pack(folder / "program.hlo.gz", compiled.as_text() or "")
+    for name, dumped in (("buffers", "buffer-assignment"), ("lifetimes", "live-range")):
+        (file,) = dump.glob(f"*_gpu_after_optimizations-{dumped}.txt")
+        _pack(folder / f"{name}.txt.gz", file.read_text("utf-8"))
     shutil.rmtree(dump)
     (folder / "facts.json").write_text(json.dumps(dataclasses.asdict(facts)), "utf-8")
 

@@ -29,16 +29,24 @@ class Product(NamedTuple):
     def flops(self) -> float:
         return 2.0 * self.batch * self.m * self.n * self.k
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.m, self.n, self.k
 
-_MOVES = frozenset(
-    "parameter constant bitcast tuple get-tuple-element copy transpose reshape slice dynamic-slice "
-    "dynamic-update-slice concatenate pad gather scatter broadcast iota reverse".split()
-)
-_INDEXING = frozenset("add subtract multiply compare select clamp minimum maximum convert and or not".split())
-_ARITHMETIC = frozenset(
-    "add subtract multiply divide negate exponential exponential-minus-one log log-plus-one sqrt rsqrt cbrt tanh sine "
-    "cosine power logistic maximum minimum abs remainder erf tan atan2".split()
-)
+
+_MOVES = frozenset({
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "transpose", "reshape", "slice",
+    "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "gather", "scatter", "broadcast", "iota",
+    "reverse",
+})  # fmt: skip
+_INDEXING = frozenset({
+    "add", "subtract", "multiply", "compare", "select", "clamp", "minimum", "maximum", "convert", "and", "or", "not",
+})  # fmt: skip
+_ARITHMETIC = frozenset({
+    "add", "subtract", "multiply", "divide", "negate", "exponential", "exponential-minus-one", "log", "log-plus-one",
+    "sqrt", "rsqrt", "cbrt", "tanh", "sine", "cosine", "power", "logistic", "maximum", "minimum", "abs", "remainder",
+    "erf", "tan", "atan2",
+})  # fmt: skip
 _FLOATS = ("f", "bf", "c")  # how their names begin
 _NO_WORK = ("AllocateBuffer",)
 _SORTS = ("__cub$", "__gpu$TopK", "TopK")
@@ -70,7 +78,7 @@ class Kernels:
         if products:
             largest = max(products, key=lambda each: each.flops)
             flops = sum(each.flops for each in products)
-            return self._made(computation, instruction, "matmul", flops, largest.format, tuple(largest[:4]))
+            return self._made(computation, instruction, "matmul", flops, largest.format, largest.shape)
         if any(each.opcode == "sort" for _, each in self._parts(computation, instruction)):
             return self._made(computation, instruction, "sort", 0.0)
         if self._only_moves(computation, instruction):
@@ -94,7 +102,7 @@ class Kernels:
         target = instruction.target
         if target.startswith("__cublas$"):
             (product,) = self.products(computation, instruction)
-            return self._made(computation, instruction, "matmul", product.flops, product.format, tuple(product[:4]))
+            return self._made(computation, instruction, "matmul", product.flops, product.format, product.shape)
         if target.startswith("__cudnn$fmha"):
             flops = attention_flops(instruction)
             return self._made(computation, instruction, "attention", flops, operands[0].dtype)
@@ -181,7 +189,7 @@ def attention_flops(instruction: Instruction) -> float:
     where the mask is its causal kind; with an additive mask it computes all pairs.
     """
     backward = "Backward" in instruction.target
-    q, k, *others = parse_shape(f"({instruction.attributes['operand_layout_constraints'][1:-1]})").parts
+    q, k, *_ = parse_shape(f"({instruction.attributes['operand_layout_constraints'][1:-1]})").parts
     B, T, N, H = q.dims
     S = k.dims[1]
     masked = "Bias" in instruction.target or "CAUSAL" in instruction.attributes.get("backend_config", "")

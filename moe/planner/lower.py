@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from moe.model.cache import empty_cache
 from moe.planner.job import Job
@@ -21,17 +21,21 @@ from parallel.platform import compiling_for
 def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
     """The step that `job` describes, for the devices of `mesh`: the very function that runs.
 
+    Of devices that are only described JAX knows no memory, and so drops what waits in their hosts'. All but the tokens
+    are therefore laid over the mesh's shape alone, which may have any memory; the tokens then name the devices.
+
     Raises:
         LayoutError: a parameter does not divide over the mesh.
         ValueError: a backend that the chip does not have.
     """
-    layout = Layout(mesh, job.layout)
+    layout = Layout(mesh.abstract_mesh, job.layout)
     blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
     with compiling_for("gpu"):
-        return _lower_training(job, blueprint) if job.kind == "train" else _lower_serving(job, blueprint)
+        lower_kind = _lower_training if job.kind == "train" else _lower_serving
+        return lower_kind(job, blueprint, mesh)
 
 
-def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
+def _lower_training(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lowered:
     step: Any = make_train_step(
         blueprint,
         seed=0,
@@ -39,7 +43,7 @@ def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
         virtual_stages=job.virtual_stages,
         loss_chunk=job.loss_chunk,
     )
-    sharding = blueprint.layout.activation("BT")
+    sharding = NamedSharding(mesh, blueprint.layout.activation_spec("BT"))
     ints, floats = (
         jax.ShapeDtypeStruct((job.batch_size, job.sequence_length), dtype, sharding=sharding)
         for dtype in (jnp.int32, jnp.float32)
@@ -47,7 +51,7 @@ def _lower_training(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
     return step.lower(blueprint.abstract_state(), Batch(ints, ints, ints, ints, floats))
 
 
-def _lower_serving(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
+def _lower_serving(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lowered:
     layout = blueprint.layout
     layout.refuse_stages("serving")
     state = blueprint.abstract_state()
@@ -56,7 +60,7 @@ def _lower_serving(job: Job, blueprint: Blueprint) -> jax.stages.Lowered:
     where = layout.activation("BGSMH")
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
     settings = sampling_rows([Sampling()] * job.batch_size, [0] * job.batch_size)
-    whole: Any = layout.whole()
+    whole = NamedSharding(mesh, layout.whole_spec)
 
     def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

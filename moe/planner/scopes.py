@@ -1,5 +1,4 @@
-"""What an instruction is for: read from the named scopes in JAX's name of it, or from its neighbours' where XLA has lost
-it."""
+"""What an instruction is for: read from the named scopes in JAX's name of it, or in its neighbours' names."""
 
 import re
 from collections import Counter
@@ -19,6 +18,8 @@ _WORD = re.compile(r"\w+")
 _RECOMPUTED = re.compile(r"rematted_computation|(?<!transpose\()jvp\(recomputed\)")
 # Also the scope in moe/train/loss.py, whose gradients are computed together with the loss.
 _BACKWARD = re.compile(r"transpose\(|\bbackward\b")
+_BELONG_TO_THEIR_SOURCE = ("all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BRANCHING = ("while", "conditional")
 _REACH = 24
 """Neighbours that are asked."""
 
@@ -33,13 +34,15 @@ class Purpose(NamedTuple):
 
 def purpose(module: Module, computation: Computation, instruction: Instruction) -> Purpose:
     """By its own name; else by most of what it is fused of; else by the nearest of those that take its result, as the
-    gather of a weight is for what uses the weight; else by the nearest of those it takes from."""
+    gather of a weight is for what uses the weight, and then of those from which it takes; for sums and exchanges
+    between devices the other way round."""
     names = [instruction.op_name]
     if use_of(instruction.op_name) is None:
         names = _inside(module, instruction) or names
         if use_of(names[0]) is None:
-            used = _nearest(computation, instruction, forward=True) or _nearest(computation, instruction, forward=False)
-            names = [used or names[0]]
+            first = not instruction.opcode.startswith(_BELONG_TO_THEIR_SOURCE)
+            near = (_nearest(computation, instruction, forward=way) for way in (first, not first))
+            names = [next(filter(None, near), names[0])]
     name = names[0]
     recomputed = bool(_RECOMPUTED.search(name)) or ".remat" in instruction.name
     return Purpose(use_of(name) or "other", recomputed, recomputed or bool(_BACKWARD.search(name)))
@@ -75,9 +78,26 @@ def _neighbours(computation: Computation, instruction: Instruction, forward: boo
     waiting, seen = [instruction], {instruction.name}
     while waiting and len(seen) < _REACH:
         here = waiting.pop(0)
-        for each in computation.users[here.name] if forward else computation.operands(here):
-            # What goes round a loop with others is no neighbour of theirs.
-            if each.name not in seen and each.opcode not in ("tuple", "while", "conditional"):
+        for each in _takers(computation, here) if forward else _givers(computation, here):
+            if each.name not in seen:
                 seen.add(each.name)
                 waiting.append(each)
                 yield each
+
+
+def _takers(computation: Computation, here: Instruction) -> Iterator[Instruction]:
+    """Of a tuple those that take its part out again; what goes round a loop with others is no neighbour of theirs."""
+    for each in computation.users[here.name]:
+        if each.opcode == "tuple":
+            place = each.operands.index(here.name)
+            yield from (taker for taker in computation.users[each.name] if taker.numbers("index") == (place,))
+        elif each.opcode not in _BRANCHING:
+            yield each
+
+
+def _givers(computation: Computation, here: Instruction) -> Iterator[Instruction]:
+    for each in computation.operands(here):
+        if each.opcode == "tuple" and here.opcode == "get-tuple-element":
+            yield computation.instructions[each.operands[here.numbers("index")[0]]]
+        elif each.opcode not in ("tuple", *_BRANCHING):
+            yield each

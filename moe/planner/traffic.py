@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from moe.planner.hlo import Computation, Instruction, Module
 
-FREE = frozenset(
-    "parameter constant bitcast tuple get-tuple-element after-all partition-id replica-id add-dependency "
-    "optimization-barrier".split()
-)
+FREE = frozenset({
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id",
+    "add-dependency", "opt-barrier",
+})  # fmt: skip
 """Opcodes that cost nothing."""
 
 _READS_A_PART = ("dynamic-slice", "slice", "gather")

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe.model.config import ConfigError
-from moe.model.parameter import Kind, ParameterSpec
+from moe.model.parameter import Kind, is_spec
 from moe.train.schedule import Schedule, make_schedule
 
 
@@ -20,6 +21,9 @@ class OptimizerConfig:
     b1, b2, eps: of Adam (arXiv 1412.6980), as Megatron and the release's recipes set them.
     weight_decay: decoupled (arXiv 1711.05101), times the learning rate, for all kinds but `undecayed`.
     clip_norm: largest global norm of the gradients; None leaves them.
+    master_weights: whether float32 copies of the parameters are kept with the optimizer's states, and updated in place
+        of the parameters, which then are these copies rounded (arXiv 1710.03740 §3.1). For parameters that are stored
+        in bfloat16, whose steps are too coarse for most updates.
     expert_rate: the routed experts' learning rate relative to the others'. An expert sees only its share of the batch;
         Hunyuan-Large's rule gives about 0.31 for 1 of 16 (arXiv 2411.02265 §2.2.3).
     """
@@ -34,6 +38,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     undecayed: tuple[Kind, ...] = ("norm",)
     clip_norm: float | None = 1.0
+    master_weights: bool = False
     expert_rate: float = 1.0
 
     def __post_init__(self) -> None:
@@ -63,28 +68,80 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
     """The transformation of gradients into updates, and the learning rate by step.
 
+    Its `update` takes `norm`, the global norm of all gradients, where it is given only a part of them.
+
     Args:
         specs: the parameters' ParameterSpecs, by which decay and rates are chosen.
         steps: of the whole run.
 
     Raises:
-        ConfigError: the warmup is longer than the run.
+        ConfigError: the warmup is longer than the run, or the parameters are float32 and have master weights besides.
     """
     if config.warmup_steps >= steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.warmup_steps} with training.steps={steps}: warm up for fewer steps than "
             f"the run has, {max(1, steps // 10)} for example"
         )
+    if config.master_weights and any(spec.dtype == jnp.float32 for spec in jax.tree.leaves(specs, is_leaf=is_spec)):
+        raise ConfigError(
+            "optimizer.master_weights=true with precision.parameters='float32': these need no copies; set "
+            "precision.parameters='bfloat16', or master_weights=false"
+        )
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps, config.final_share)
 
     def by_kind(choose: Callable[[Kind], Any]) -> Any:
-        return jax.tree.map(lambda spec: choose(spec.kind), specs, is_leaf=lambda x: isinstance(x, ParameterSpec))
+        return jax.tree.map(lambda spec: choose(spec.kind), specs, is_leaf=is_spec)
 
-    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    parts = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
     parts += [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, by_kind(lambda kind: kind not in config.undecayed)),
     ]
     if config.expert_rate != 1.0:
         parts.append(optax.masked(optax.scale(config.expert_rate), by_kind(lambda kind: kind == "expert")))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+    optimizer = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    return with_master_weights(optimizer) if config.master_weights else optimizer, schedule
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` that is told the norm, where it is given a part of the gradients."""
+
+    def update(gradients: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any):
+        del params
+        norm = global_norm(gradients) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(gradients: Any) -> jax.Array:
+    """f32[], whatever the gradients' format."""
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+
+
+class MasterWeights(NamedTuple):
+    """master: the parameters in float32. inner: states of the optimizer that updates them."""
+
+    master: Any
+    inner: optax.OptState
+
+
+def with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` on float32 copies of the parameters; its updates are what leads the parameters to the copies, rounded."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> MasterWeights:
+        master = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return MasterWeights(master, inner.init(master))
+
+    def update(gradients: Any, state: MasterWeights, params: Any, **told: Any):
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        updates, inner_state = inner.update(gradients, state.inner, state.master, **told)
+        master = optax.apply_updates(state.master, updates)
+
+        def towards(p, m):
+            return m.astype(p.dtype).astype(jnp.float32) - p.astype(jnp.float32)
+
+        return jax.tree.map(towards, params, master), MasterWeights(master, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

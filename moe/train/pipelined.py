@@ -8,11 +8,12 @@ from jax.sharding import PartitionSpec
 
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.moe_layer import MoEStats
+from moe.model.parameter import is_spec
 from moe.model.transformer import layer_groups
 from moe.ops.norm import rms_norm
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
-from moe.train.state import Blueprint, is_spec
+from moe.train.state import Blueprint
 from parallel import pipeline
 from parallel.layout import STAGE_AXIS, Layout
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import ParameterSpec, SelectionBias, specs_of
+from moe.model.parameter import SelectionBias, is_spec, specs_of
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
@@ -132,8 +132,3 @@ def make_blueprint(
     specs = specs_of(model)
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)
     return Blueprint(config, precision, execution, layout, graph, specs, transformation, learning_rate)
-
-
-def is_spec(x: Any) -> bool:
-    """For `is_leaf`: whether x is one parameter's spec."""
-    return isinstance(x, ParameterSpec)

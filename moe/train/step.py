@@ -14,8 +14,10 @@ from moe.model.parameter import SelectionBias
 from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
+from moe.train.optimizer import global_norm
 from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
+from moe.train.streamed import streamed_norm, streamed_update, streams
 from parallel.layout import Layout
 
 
@@ -125,14 +127,20 @@ def make_train_step(
         key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
         grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         with jax.named_scope("optimizer"):
-            grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
-            updates, opt_state = blueprint.optimizer.update(grads, blueprint.fetched(state.opt_state), params)
-            params = optax.apply_updates(params, updates)
+            if streams(layout.config, layout.stages):
+                norm = streamed_norm(grads)
+                opt_state, params = streamed_update(blueprint, grads, norm, state.opt_state, state.params)
+            else:
+                grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
+                norm = global_norm(grads)
+                update = optax.with_extra_args_support(blueprint.optimizer).update
+                updates, opt_state = update(grads, blueprint.fetched(state.opt_state), params, norm=norm)
+                params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),
             aux_loss=jnp.zeros(()) if stats is None else stats.aux_loss.mean(),
             z_loss=jnp.zeros(()) if stats is None else stats.z_loss.mean(),
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=norm,
             learning_rate=jnp.asarray(blueprint.learning_rate(state.step), jnp.float32),
             tokens=num_targets.astype(jnp.int32),
             layers=None if stats is None else layer_stats(stats),

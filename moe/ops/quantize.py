@@ -1,0 +1,128 @@
+"""Weight-only quantization: matrices kept in 8 or 4 bits with scales, and widened again just before they are used.
+
+| format | values | one scale for | as |
+|---|---|---|---|
+| int8 | whole numbers -127 … 127 | an output column | LLM.int8 (arXiv 2208.07339, eq. 3) |
+| fp8 | float8 e4m3, to 448 | an output column | arXiv 2209.05433 |
+| int4 | whole numbers -8 … 7, kept as 0 … 15 | 128 inputs of a column | GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978) |
+| nf4 | 16 quantiles of the normal distribution | 64 inputs of a column | QLoRA (arXiv 2305.14314, appendix E) |
+
+All are symmetric: without zero points. int4's scale is the largest magnitude / 7.5, so that all 16 values are used
+(compressed-tensors, calculate_qparams). Scales of columns are float32; those of groups bfloat16, 0.125 bits a value for
+int4 and 0.25 for nf4. QLoRA's second quantization, of the scales, is not done.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Quantized = Literal["int8", "fp8", "int4", "nf4"]
+
+GROUPS: dict[str, int] = {"int4": 128, "nf4": 64}
+"""Inputs that share a scale, at most."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""QLoRA, appendix E."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["format", "axis"])
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix in a quantized format; a pytree, which may have further axes in front.
+
+    values: int8, float8_e4m3fn, or uint8 with two neighbours along `axis` in a byte, the first in its low half.
+    scales: of as many axes; 1 long along an axis that shares one, and along `axis` as long as there are groups.
+    axis: counted from the end, the one along which groups lie and neighbours are packed.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    format: Quantized
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix it stands for."""
+        shape = list(self.values.shape)
+        shape[self.axis] *= 2 if self.format in GROUPS else 1
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the stored values."""
+        return self.values.dtype
+
+
+def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> QuantizedWeight:
+    """The nearest representable values, with the largest magnitude of each column or group as its scale.
+
+    Args:
+        w: float, of any shape.
+        summed: the axes that a product sums over, counted from the end. Groups lie along the last of them, and are as
+            long as the largest divisor of its size allows.
+
+    Raises:
+        ValueError: a format that is none, or an odd number of values to pack in pairs.
+    """
+    if format not in get_args(Quantized):
+        raise ValueError(f"format {format!r}: give one of {', '.join(get_args(Quantized))}")
+    axis = summed[-1]
+    w = w.astype(jnp.float32)
+    if format not in GROUPS:
+        largest = jnp.abs(w).max(summed, keepdims=True)
+        scales = jnp.where(largest == 0, 1.0, largest / (127.0 if format == "int8" else 448.0))
+        if format == "int8":
+            values = jnp.clip(jnp.round(w / scales), -127, 127).astype(jnp.int8)
+        else:
+            values = jnp.clip(w / scales, -448, 448).astype(jnp.float8_e4m3fn)
+        return QuantizedWeight(values, scales, format, axis)
+    size = w.shape[axis]
+    if size % 2:
+        raise ValueError(f"{format} packs pairs along an axis of {size} values: make it even, or take int8 or fp8")
+    group = group_size(size, GROUPS[format])
+    largest = jnp.abs(_cut(w, axis, group)).max(w.ndim + axis + 1)
+    scales = jnp.where(largest == 0, 1.0, largest / (7.5 if format == "int4" else 1.0)).astype(jnp.bfloat16)
+    scaled = w / jnp.repeat(scales.astype(jnp.float32), group, axis)
+    if format == "int4":
+        codes = jnp.clip(jnp.round(scaled) + 8, 0, 15).astype(jnp.uint8)
+    else:
+        table = jnp.array(NF4, jnp.float32)
+        codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(jnp.uint8)
+    pairs = _cut(codes, axis, 2)
+    low, high = (jax.lax.index_in_dim(pairs, i, w.ndim + axis + 1, keepdims=False) for i in (0, 1))
+    return QuantizedWeight(low | (high << 4), scales, format, axis)
+
+
+def dequantize(w: QuantizedWeight, dtype: DTypeLike) -> jax.Array:
+    """The matrix in the compute format; rounded once, from float32."""
+    values, axis = w.values, w.values.ndim + w.axis
+    if w.format in GROUPS:
+        codes = jnp.stack([values & 15, values >> 4], axis + 1).reshape(w.shape)
+        wide = codes.astype(jnp.float32) - 8 if w.format == "int4" else jnp.array(NF4, jnp.float32)[codes]
+        scales = jnp.repeat(w.scales.astype(jnp.float32), w.shape[axis] // w.scales.shape[axis], axis)
+    else:
+        wide, scales = values.astype(jnp.float32), w.scales
+    return (wide * scales).astype(dtype)
+
+
+def group_size(size: int, limit: int) -> int:
+    """The largest divisor of `size` up to `limit`."""
+    return next(group for group in range(min(size, limit), 0, -1) if size % group == 0)
+
+
+def _cut(x: jax.Array, axis: int, group: int) -> jax.Array:
+    """`axis`, counted from the end, as (groups, group)."""
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], -1, group, *x.shape[at + 1 :])
