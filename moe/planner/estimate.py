@@ -55,7 +55,8 @@ class Group:
         # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
         late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
         early = (event for gather in gathers if gather not in late for event in alone(gather))
-        return (*early, *together(late, kernels))
+        widened = (run for layer in self.layers for run in layer.widened(backward=recomputed))
+        return (*widened, *early, *together(late, kernels))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""
@@ -215,36 +216,39 @@ class _Step:
             copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)
             yield from alone(copied)
 
-    def _gather(self, use: Use, size: int) -> Transfer:
+    def _gather(self, use: Use, size: float) -> Transfer:
         s = self.sizes
         axes = s.fsdp if self.job.layout.zero == 3 else ()
         numbers = s.model.vocab_size // s.tensor * s.model.d_model
         return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
 
-    def parameters(self) -> float:
-        """Numbers that this device keeps where optimizer states are shared out as finely as they are."""
+    def parameters(self) -> dict[tuple[str, ...], float]:
+        """Numbers of this device's weights, gathered, by the axes over which they can be shared out."""
         s = self.sizes
-        tables = s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
-        numbers = tables / s.over(*s.fsdp)
+        found = dict.fromkeys((s.fsdp, s.expert_fsdp), 0.0)
+        found[s.fsdp] += s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
         for group, repeat in self.groups():
             for layer in group.layers:
                 for weight in layer.weights():
-                    shares = s.over(*(s.expert_fsdp if weight.use == "experts" else s.fsdp))
-                    numbers += weight.numbers * repeat / shares / self.job.mesh.stage
-        return numbers
+                    axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+                    found[axes] += weight.numbers * repeat / self.job.mesh.stage
+        return found
 
     def _optimizer(self) -> Iterator[Event]:
-        own = self.parameters()
+        s = self.sizes
         if self.how.sums_once:
             yield from self._sums_of_tables()
+        weights = self.parameters()
+        own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
         moments = 2 * own * 4
-        offloaded = self.job.layout.optimizer_states == "host"
         update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
-        if offloaded:
-            yield from alone(Transfer("states.in", "optimizer", "to-device", (), 1, 1, moments, 0.0))
-        yield update
-        if offloaded:
-            yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        if self.job.layout.optimizer_states == "host":
+            yield from alone(Transfer("states.fetched", "optimizer", "to-device", (), 1, 1, moments, 0.0))
+            yield update
+            yield from alone(Transfer("states.returned", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        else:
+            yield update
         if self.job.layout.zero < 3 and not self.how.sums_once:
-            size = own * self.sizes.over(*self.sizes.fsdp) * self.sizes.stored
-            yield from alone(self.sizes.transfer("gather.parameters", "optimizer", "all-gather", self.sizes.fsdp, size))
+            for axes, numbers in weights.items():
+                name = "gather.parameters." + "x".join(axes)
+                yield from alone(s.transfer(name, "optimizer", "all-gather", axes, numbers * s.stored))

@@ -91,19 +91,29 @@ class Layer:
         s = self.sizes
         if s.job.layout.zero < 3:
             return []
-        size = s.stored if backward and self.how.gathers_stored else s.compute
         return [
             s.transfer(
                 self._name("gather", weight.use, weight.name, backward=backward), weight.use, "all-gather",
-                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * size,
+                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * s.travels,
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
         ]  # fmt: skip
 
-    def sums(self, size: int) -> list[Transfer]:
-        """Of its weights' gradients, numbers of `size` bytes, over the devices that have tokens of their own."""
-        return [self._sum(weight, size) for weight in self.weights()]
+    def widened(self, *, backward: bool) -> list[Run]:
+        """The passes in which its weights at rest become what products take: of a device's share before the gather, or
+        if they are quantized of the whole after it."""
+        s = self.sizes
+        if s.matrices == s.compute:
+            return []
+        found = []
+        for weight in self.weights():
+            axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+            shares = 1 if s.job.precision.quantized or s.job.layout.zero < 3 else s.over(*axes)
+            moved = weight.numbers / shares * (s.matrices + s.compute)
+            flags: Flags = {"backward": backward, "recomputed": backward}
+            found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
+        return found
 
     def _sum(self, weight: Weight, size: int) -> Transfer:
         s = self.sizes

@@ -10,7 +10,6 @@ class Implementation:
     prefetches: whether a layer's weights are gathered, and the gradients of the layer after summed, while a layer
         computes.
     hides_tensor: whether what `tensor` exchanges travels while the product beside it computes, but for the experts'.
-    gathers_stored: whether the backward pass gathers weights in the stored format instead of the compute format.
     scatters: whether gradients are summed by a reduce-scatter whatever the layout. Ours are where each device keeps a
         part of them and no other devices keep copies; else XLA sums all of them on all devices.
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
@@ -33,7 +32,6 @@ class Implementation:
 
     prefetches: bool = False
     hides_tensor: bool = False
-    gathers_stored: bool = True
     scatters: bool = False
     sums_once: bool = False
     hides_stages: bool = False
