@@ -14,7 +14,7 @@ from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
-from moe.planner.work import Event, Loop, Run, Transfer, TransferKind, Use, Work
+from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -77,9 +77,16 @@ class Group:
         again = self.forward(recomputed=True)
         if remat == "full":
             return again + tuple(layers)
-        # What is kept are the products with weights outside the experts.
-        again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
+        again = tuple(event for event in again if not _kept(event))
         return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
+
+
+def _kept(event: Event) -> bool:
+    """Whether it makes what `remat` "matmuls" keeps: outputs of products with weights outside the experts."""
+    if isinstance(event, Run):
+        return event.kind == "matmul"
+    name = event.transfer.name if isinstance(event, Start) else event.name if isinstance(event, Wait) else ""
+    return "scatter_stream" in name and "experts" not in name
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,9 @@ class _Step:
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
+        if self.how.whole_table and self.job.kind == "train":
+            table = s.model.vocab_size * s.model.d_model * s.stored
+            yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
 
     def _head(self) -> Iterator[Event]:
@@ -190,7 +200,9 @@ class _Step:
         length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
         chunk = min(job.loss_chunk, length)
         m = s.sequences * chunk
+        stream = float(s.sequences * length * D * s.compute)
         yield from alone(self._gather("head", s.compute))
+        yield from alone(s.transfer("gather.hidden", "head", "all-gather", ("tensor",), stream))
         yield Loop(
             math.ceil(length / chunk),
             (
@@ -201,6 +213,7 @@ class _Step:
                 s.product("dhidden", "head", m, D, V, backward=True),
             ),
         )
+        yield from alone(s.transfer("scatter.hidden", "head", "reduce-scatter", ("tensor",), stream, backward=True))
         if not self.how.sums_once:
             yield from self._sums_of_tables()
 
@@ -211,6 +224,11 @@ class _Step:
         copies = tuple(axis for axis in s.token_axes if axis not in s.fsdp)
         kind: TransferKind = "reduce-scatter" if self.job.layout.zero >= 2 else "all-reduce"
         for name in ("embedding", "head"):
+            if name == "embedding" and s.tensor > 1 and self.how.whole_table:
+                axes = (*s.token_axes, "tensor")
+                whole = s.transfer("sum.embedding", name, "all-reduce", axes, s.tensor * size, backward=True)
+                yield from alone(whole)
+                continue
             shares = s.over(*s.fsdp) if name == "embedding" and self.job.layout.zero >= 2 else 1
             yield from alone(s.transfer(f"sum.{name}", "optimizer", kind, s.fsdp, size, backward=True))
             copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)

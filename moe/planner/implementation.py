@@ -18,6 +18,8 @@ class Implementation:
     lockstep: whether a pipeline is ours (parallel/pipeline.py): the backward pass begins with the stage's forward pass,
         and layers outside the longest run of equal ones are computed by all stages in every tick.
     deals_head: whether all stages of a pipeline share the head's work, instead of the last having all of it.
+    whole_table: whether tokens are looked up in the whole embedding, which `tensor` splits, and its gradient is summed
+        whole.
     full_buffers: whether the kernels between exchange and experts work on buffers for the most rows that could come.
     fuses_rows: whether rows are put in order by one kernel before they travel, and by one after it where a device has
         several experts; a hierarchical exchange then carries a token once to each device that it goes to. Ours are
@@ -37,6 +39,7 @@ class Implementation:
     hides_stages: bool = False
     lockstep: bool = True
     deals_head: bool = True
+    whole_table: bool = True
     full_buffers: bool = True
     fuses_rows: bool = False
     gate_passes: float = 5.0
