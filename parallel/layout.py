@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from parallel.mesh import MeshConfig
@@ -268,8 +269,23 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        return self._constrain(weight, self.used_spec(axes))
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format.
+
+        Parts are joined along an axis of their own that leads, as they arrive. Along any other XLA would have them in
+        another order in memory, and to that end copy the whole stack of layers before the loop.
+        """
+        stored, used = self.stored_spec(axes), self.used_spec(axes)
+        place = axes.find("D")
+        names = stored[place] if place > 0 and len(stored) > place else None
+        if names is None:
+            return self._constrain(weight, used)
+        *before, width = weight.shape[: place + 1]
+        parts = self._size((names,) if isinstance(names, str) else names)
+        split = weight.reshape(*before, parts, width // parts, *weight.shape[place + 1 :])
+        leading = jnp.moveaxis(split, place, 0)
+        leading = self._constrain(leading, PartitionSpec(names, *used[:place], None, *used[place + 1 :]))
+        leading = self._constrain(leading, PartitionSpec(None, *used[:place], None, *used[place + 1 :]))
+        return self._constrain(jnp.moveaxis(leading, 0, place).reshape(weight.shape), used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
