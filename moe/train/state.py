@@ -16,6 +16,7 @@ from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.parts import first_states
 from parallel.layout import Layout
 
 
@@ -55,8 +56,12 @@ class Blueprint:
         model = Transformer(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
-        opt_state = self.optimizer.init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, balance, opt_state)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params))
+
+    def _first_states(self, params: dict[str, Any]) -> optax.OptState:
+        if self.layout.config.optimizer_states == "host":
+            return first_states(self.optimizer, self.specs, params)
+        return self.optimizer.init(params)
 
     def by_axes(self, place: Callable[[jax.Array, str], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
         """`place` of each array of a tree like the parameters, with the letters of its axes."""
@@ -85,12 +90,6 @@ class Blueprint:
         )
         return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state)
 
-    def fetched(self, opt_state: optax.OptState) -> optax.OptState:
-        """Inside `jax.jit`: the optimizer's states on the devices, wherever they waited."""
-        if self.layout.config.optimizer_states == "device":
-            return opt_state
-        return jax.device_put(opt_state, jax.memory.Space.Device)
-
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
@@ -111,7 +110,7 @@ class Blueprint:
 
         def begin(params: dict[str, Any]) -> TrainState:
             balance = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.balance)
-            return TrainState(jnp.zeros((), jnp.int32), params, balance, self.optimizer.init(params))
+            return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params))
 
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
         return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
