@@ -274,24 +274,25 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
-        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format.
 
-    def gather_as_stored(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used, in the format that it is stored in. As `gather`, but in parts that are laid side by side
-        after they have come: where nothing is computed between memory and wire, XLA for GPUs would else transpose whole
-        stacks of layers before their loop, so that the axis it gathers comes first."""
+        Parts are joined along an axis of their own that leads, as they arrive. Along any other XLA would have them in
+        another order in memory, and to that end copy the whole stack of layers before the loop.
+        """
         stored, used = self.stored_spec(axes), self.used_spec(axes)
-        if stored == used or self.mesh is None:
+        place = axes.find("D")
+        names = stored[place] if place > 0 and len(stored) > place else None
+        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        weight = self._constrain(weight, stored)
+        if names is None:
             return self._constrain(weight, used)
-        at = axes.index("D")
-
-        def side_by_side(part: jax.Array) -> jax.Array:
-            parts = jnp.moveaxis(jax.lax.all_gather(part, stored[at]), 0, at)
-            return parts.reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
-
-        return self.shard_map(side_by_side, stored, used)(weight)
+        *before, width = weight.shape[: place + 1]
+        parts = self._size((names,) if isinstance(names, str) else names)
+        split = weight.reshape(*before, parts, width // parts, *weight.shape[place + 1 :])
+        leading = jnp.moveaxis(split, place, 0)
+        leading = self._constrain(leading, PartitionSpec(names, *used[:place], None, *used[place + 1 :]))
+        leading = self._constrain(leading, PartitionSpec(None, *used[:place], None, *used[place + 1 :]))
+        return self._constrain(jnp.moveaxis(leading, 0, place).reshape(weight.shape), used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""

@@ -70,7 +70,7 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
-        return dequantize(placed(weight, axes, layout, layout.gather_as_stored), dtype)
+        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
     return layout.gather(weight.astype(dtype), axes)
 
 

@@ -18,6 +18,7 @@ from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
 from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.parts import first_states
 from parallel.layout import Layout
 
 
@@ -69,7 +70,12 @@ class Blueprint:
         model = _fresh_model(self.config, self.precision, self.execution, self.lora, key)
         kinds = (trained(self.lora), SelectionBias, frozen(self.lora))
         params, balance, base = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
-        return TrainState(jnp.zeros((), jnp.int32), params, balance, self.optimizer.init(params), base)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base)
+
+    def _first_states(self, params: dict[str, Any]) -> optax.OptState:
+        if self.layout.config.optimizer_states == "host":
+            return first_states(self.optimizer, self.specs, params)
+        return self.optimizer.init(params)
 
     def by_axes(self, place: Callable[[jax.Array, str], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
         """`place` of each array of a tree like the parameters, with the letters of its axes."""
@@ -99,12 +105,6 @@ class Blueprint:
         base = stored(abstract.frozen, self.frozen_specs, self.layout)
         return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state, base)
 
-    def fetched(self, opt_state: optax.OptState) -> optax.OptState:
-        """Inside `jax.jit`: the optimizer's states on the devices, wherever they waited."""
-        if self.layout.config.optimizer_states == "device":
-            return opt_state
-        return jax.device_put(opt_state, jax.memory.Space.Device)
-
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
@@ -128,7 +128,7 @@ class Blueprint:
             fresh = self.new_state(run_key(seed, Purpose.INITIALIZE))
             if self.lora is not None:
                 return fresh._replace(frozen=params)
-            return fresh._replace(params=params, opt_state=self.optimizer.init(params))
+            return fresh._replace(params=params, opt_state=self._first_states(params))
 
         return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
 
