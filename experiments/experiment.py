@@ -16,8 +16,8 @@ from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.train.data import DataConfig
-from moe.train.lora import check_frozen
 from moe.train.loop import TrainingConfig
+from moe.train.lora import check_frozen
 from moe.train.optimizer import OptimizerConfig
 from moe.train.pipelined import check_stages
 from moe.train.state import Blueprint, make_blueprint

@@ -143,6 +143,7 @@ def job_of(experiment: Experiment, kind: Kind) -> Job:
         virtual_stages=training.virtual_stages if kind == "train" else 1,
         loss_chunk=training.loss_chunk,
         steps=training.steps,
+        lora=experiment.lora if kind == "train" else None,
     )
 
 
