@@ -9,7 +9,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rich.console import Console
 
+from experiments.run import run
+from moe import HunyuanMoE
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
@@ -20,9 +23,11 @@ from moe.train.lora import merged
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
 from moe.train.step import make_evaluation_step, make_train_step, place_batch
+from moe.train.trained import TrainedModel
 from parallel.layout import SINGLE_DEVICE, Layout
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
+from tests.moe.train.small_run import small_experiment, small_run
 
 MODEL = ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, d_expert=8,
@@ -144,3 +149,35 @@ def test_what_does_not_work_together():
         blueprint_of(MeshConfig(stage=2))
     with pytest.raises(ConfigError, match="lora.dropout=1"):
         LoraConfig(dropout=1)
+
+
+def test_a_run_keeps_adapters_alone_and_is_served_with_them_merged(tmp_path):
+    small_run(tmp_path / "base", tmp_path / "corpus", "training.steps=3", "optimizer.warmup_steps=1")
+    experiment = small_experiment(tmp_path / "corpus").vary(
+        {
+            "lora": LoraConfig(rank=4),
+            "init_from": str(tmp_path / "base"),
+            "training.steps": 4,
+            "precision.frozen": "int8",
+        }
+    )
+    console = Console(quiet=True)
+    outcome = run(experiment, tmp_path / "run", console)
+    again = run(experiment, tmp_path / "run", console)
+    jax.tree.map(np.testing.assert_array_equal, copied(again.state), copied(outcome.state))
+
+    trained = TrainedModel(tmp_path / "run")
+    adapters, _ = trained.restore(SINGLE_DEVICE)
+    jax.tree.map(np.testing.assert_array_equal, copied(adapters), copied(outcome.state.params))
+    with pytest.raises(ConfigError, match="holds adapters for"):
+        trained.arrays(SINGLE_DEVICE)
+    kept = sum(file.stat().st_size for file in trained.checkpoint.rglob("*") if file.is_file())
+    before = sum(f.stat().st_size for f in TrainedModel(tmp_path / "base").checkpoint.rglob("*") if f.is_file())
+    assert kept < before
+
+    served = HunyuanMoE.from_hf(tmp_path / "run").weights.params
+    base = HunyuanMoE.from_hf(tmp_path / "base").weights.params
+    expected = merged(adapters, base, experiment.lora)
+    jax.tree.map(np.testing.assert_array_equal, copied(served), copied(expected))
+    queries, before = (tree["stacks"][0]["blocks"][0]["attention"]["w_q_DNH"] for tree in (served, base))
+    assert (np.asarray(queries) != np.asarray(before)).any()
