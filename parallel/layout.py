@@ -183,8 +183,7 @@ class Layout:
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names=set(self._present(self.mesh.shape)),
-            # What a device does with its rows depends on it in ways the checker cannot follow; the equality tests
-            # stand in for it.
+            # The checker cannot follow what a device does with its rows; the equality tests stand in for it.
             check_vma=False,
         )
 
@@ -222,11 +221,9 @@ class Layout:
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
     def divided(self, axes: str, shape: tuple[int, ...]) -> str:
-        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
-        that do not divide as the weight's do."""
-        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
-        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
-        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+        """`axes` for an array of another shape, with "_", which stays whole, where that does not divide."""
+        parts = [self._size(split or ()) for split in self.sharded_spec(axes, shape[0])]
+        return "".join("_" if size % n else letter for letter, size, n in zip(axes, shape, parts, strict=True))
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
@@ -389,6 +386,7 @@ class Layout:
         return tuple(axis for axis in axes if axis in self.mesh.shape and axis not in outer)
 
     def _size(self, axes: Iterable[str]) -> int:
+        axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1
 
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -398,7 +396,7 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = _names(names)
+            names = (names,) if isinstance(names, str) else names or ()
             parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
@@ -407,11 +405,6 @@ class Layout:
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
-
-
-def _names(split: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:

@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         if config.qk_norm != "none":
             self.q_norm_H = norm_scale("H", H, precision)
             self.k_norm_H = norm_scale("H", H, precision)
-        self.adapters = nnx.Dict()
+        self.adapters: nnx.Dict = nnx.Dict()
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the projections."""

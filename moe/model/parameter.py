@@ -75,8 +75,8 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:
-    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along an
-    axis on which there are too few of them to be shared out."""
+    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along
+    an axis on which there are too few of them to be shared out."""
     if not isinstance(weight, QuantizedWeight):
         return place(weight, axes)
     scales = place(weight.scales, layout.divided(axes, weight.scales.shape))

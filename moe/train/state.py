@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
     params: dict[str, Any]
     balance: dict[str, Any]
     opt_state: optax.OptState
-    frozen: dict[str, Any] = {}
+    frozen: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Blueprint:
 
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
-        model = _fresh_model(self.config, self.precision, self.execution, self.lora, key)
+        model = fresh_model(self.config, self.precision, self.execution, self.lora, key)
         kinds = (trained(self.lora), SelectionBias, frozen(self.lora))
         params, balance, base = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
         return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base)
@@ -150,7 +150,7 @@ def make_blueprint(
     """
     check_master_weights(optimizer, precision)
     check_frozen(precision, lora, layout.stages)
-    model = nnx.eval_shape(lambda: _fresh_model(config, precision, execution, lora, jax.random.key(0)))
+    model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)
     return Blueprint(
@@ -167,9 +167,10 @@ def make_blueprint(
     )
 
 
-def _fresh_model(
+def fresh_model(
     config: ModelConfig, precision: Precision, execution: Execution, lora: LoraConfig | None, key: jax.Array
 ) -> Transformer:
+    """A model of first values, with adapters where asked."""
     model = Transformer(config, precision, execution, rngs=nnx.Rngs(params=key))
     if lora is not None:
         model.adapt(lora, rngs=nnx.Rngs(params=jax.random.fold_in(key, int(Purpose.ADAPTERS))))
