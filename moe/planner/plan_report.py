@@ -139,6 +139,9 @@ def _memory(plan: Plan) -> Section:
 
 
 def _buffers(plan: Plan) -> Section:
+    title = "Largest buffers at the peak"
+    if not plan.memory.largest:
+        return Section(title, notes=("Known of compiled programs only.",))
     alike: dict[tuple[str, ...], list[Buffer]] = {}
     for each in plan.memory.largest:
         alike.setdefault((named(each.part), each.shape.partition("{")[0], each.source or "–"), []).append(each)
@@ -147,7 +150,7 @@ def _buffers(plan: Plan) -> Section:
         for key, group in list(alike.items())[:BUFFERS]
     ]
     columns = ("part", "shape", "source", "made by, or argument", "how many", "bytes of each")
-    return Section("Largest buffers at the peak", table(columns, rows, words=4))
+    return Section(title, table(columns, rows, words=4))
 
 
 def _readable(name: str) -> str:
