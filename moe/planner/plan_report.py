@@ -279,6 +279,8 @@ def assumptions(plan: Plan) -> Iterable[str]:
         "MFU: the model's FLOPs, without recomputation, of the chip's dense "
         f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {plan.peak / 1e12:g} TFLOP/s."
     )
+    if plan.job.precision.compute == "bfloat16" and not plan.chip.bf16:
+        yield "The chip has no bfloat16: XLA computes these products in float32, from copies in that format."
     if plan.cluster.nodes > 1 and not plan.cluster.gpudirect:
         yield "No GPUDirect RDMA: what goes across nodes is staged through the host's memory, and modelled so."
     yield f"Figures of the chip: {'; '.join(plan.chip.sources)}."
