@@ -237,7 +237,7 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
         "model": f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active for a token",
         "devices": f"{mesh} ({jax.devices()[0].device_kind})",
         "layout": f"experts over {' x '.join(layout.experts) or 'none'}, ZeRO-{layout.zero}, "
-        f"optimizer states on the {layout.optimizer_states}",
+        f"optimizer states on the {layout.optimizer_states}, gradients on the {layout.gradients}",
         "precision": f"parameters {precision.parameters}, compute {precision.compute}, exchange {precision.exchange}",
         "data": f"{told.documents:,} documents, {told.tokens:,} training tokens, "
         f"unigram entropy {told.unigram_entropy:.3f} nats",

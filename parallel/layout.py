@@ -84,6 +84,11 @@ class LayoutConfig:
             )
 
     @property
+    def on_host(self) -> tuple[str, ...]:
+        """The settings that have something wait in the hosts' memory."""
+        return tuple(name for name in ("optimizer_states", "gradients") if getattr(self, name) == "host")
+
+    @property
     def splits_width(self) -> bool:
         """Whether `tensor` splits the experts' width F instead of sharing out whole experts."""
         return TENSOR_AXIS not in self.experts
@@ -102,14 +107,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         # A mesh without devices may be lowered for.
-        if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
+        if self.config.on_host and isinstance(self.mesh, Mesh):
             device = self.mesh.devices.flat[0]
             memories = [memory.kind for memory in device.addressable_memories()]
             # Of a GPU that is only described, to compile for, JAX knows no memory at all.
             if memories and HOST_MEMORY not in memories:
                 known = ", ".join(memories)
                 raise LayoutError(
-                    f"layout.optimizer_states='host' needs {HOST_MEMORY} memory, and the memories of these "
+                    f"layout.{self.config.on_host[0]}='host' needs {HOST_MEMORY} memory, and the memories of these "
                     f"{device.platform} devices are {known}; set 'device'"
                 )
 
@@ -265,7 +270,8 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        return self._constrain(weight, self.used_spec(axes))
+        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
 
     def gather_as_stored(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used, in the format that it is stored in. As `gather`, but in parts that are laid side by side

@@ -124,13 +124,12 @@ class Attention(nnx.Module):
 
     def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
         # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
-        slots_BT, segments_BT = (None, sight.segments_BT) if kv.cache is None else (sight.positions_BT, None)
+        # Where the queries are before the mask is made of them: that is larger.
+        told_BT = layout.constrain(sight.segments_BT if kv.cache is None else sight.positions_BT, "BS")
+        slots_BT, segments_BT = (None, told_BT) if kv.cache is None else (told_BT, None)
         if kv.cache is not None and q_BTNH.shape[1] == kv.k_BSMH.shape[1]:
             # They fill the cache, so each stands at its own place, and no mask is needed.
             slots_BT = None
-        if segments_BT is not None:
-            # Whole before the mask is made of them: that is larger.
-            segments_BT = layout.constrain(segments_BT, "BS")
         return attention(
             layout.constrain(q_BTNH, "BSNH"),
             kv.k_BSMH,

@@ -64,9 +64,9 @@ class Efficiency:
     parallel_links: whether collectives inside nodes and across them have a stream each. XLA gives all of them one.
     """
 
-    matmul: float = 0.741
+    matmul: float = 0.735
     memory: float = 0.849
-    inside: float = 0.803
+    inside: float = 0.802
     across: float = 0.846
     busy: float = 1.0
     error: float = 0.14

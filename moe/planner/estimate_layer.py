@@ -109,7 +109,9 @@ class Layer:
         s = self.sizes
         spared = s.job.layout.experts if weight.use == "experts" else ()
         axes = tuple(axis for axis in s.token_axes if axis not in spared)
-        kind = self.how.sums if s.job.layout.zero >= 2 else "all-reduce"
+        kept = s.expert_fsdp if weight.use == "experts" else s.fsdp
+        scattered = self.how.scatters or (s.job.layout.zero >= 2 and set(axes) == set(kept))
+        kind: TransferKind = "reduce-scatter" if scattered else "all-reduce"
         name = self._name("sum", weight.use, weight.name, backward=True)
         return s.transfer(name, weight.use, kind, axes, weight.numbers * size, backward=True)
 

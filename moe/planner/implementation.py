@@ -2,7 +2,6 @@
 of them, and for published figures what the code that was measured does."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,7 +11,8 @@ class Implementation:
         computes.
     hides_tensor: whether what `tensor` exchanges travels while the product beside it computes, but for the experts'.
     gathers_stored: whether the backward pass gathers weights in the stored format instead of the compute format.
-    sums: the collective that sums a weight's gradient where its parts are kept by several devices.
+    scatters: whether gradients are summed by a reduce-scatter whatever the layout. Ours are where each device keeps a
+        part of them and no other devices keep copies; else XLA sums all of them on all devices.
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
         each; parameters are then gathered beside the first one.
     hides_stages: whether what stages hand on travels while the next microbatch computes.
@@ -34,7 +34,7 @@ class Implementation:
     prefetches: bool = False
     hides_tensor: bool = False
     gathers_stored: bool = True
-    sums: Literal["all-reduce", "reduce-scatter"] = "all-reduce"
+    scatters: bool = False
     sums_once: bool = False
     hides_stages: bool = False
     lockstep: bool = True

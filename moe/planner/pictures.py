@@ -117,6 +117,25 @@ def draw_factors(bars: Mapping[str, Mapping[str, tuple[float, bool]]], groups: S
     return figure
 
 
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[str, float], x: str, y: str
+) -> Figure:
+    """One line a name, both scales of ratios. marks: places on the horizontal scale, by what stands there."""
+    figure, axes = _axes(3.8)
+    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1.5, label=name)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    for name, place in marks.items():
+        axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(name, (place, 1), (2, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      va="top", fontsize=8, color=INK)  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
 def png(figure: Figure, path: Path) -> None:
     """Writes the figure on white."""
     figure.set_facecolor("white")

@@ -1,15 +1,18 @@
 """A plan: what one step of a job needs of a chip and a cluster, and how long it takes; compiled, or estimated."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from moe.model.config import ConfigError
+from moe.model.config import ConfigError, ModelConfig
 from moe.model.count import count_parameters, train_flops_per_token
+from moe.model.execution import Execution
 from moe.model.parameter import specs_of
+from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.planner.buffers import memory_of
 from moe.planner.chips import Chip
@@ -79,8 +82,8 @@ class Unbalanced:
 class Plan:
     """
     facts: what XLA said; None where the work was estimated.
+    links: measured ones, where they take the place of what chip and cluster say.
     parameters, active: of the model. model_flops: of a step over all devices, without recomputation.
-    unbalanced: for as many of LOADS as the devices allow.
     """
 
     job: Job
@@ -88,13 +91,12 @@ class Plan:
     cluster: Cluster
     work: Work
     memory: Memory
-    prediction: Prediction
     facts: Facts | None
     room: Room
     parameters: int
     active: int
     model_flops: float
-    unbalanced: tuple[Unbalanced, ...]
+    links: Links | None = None
 
     @property
     def origin(self) -> Literal["compiled", "estimated"]:
@@ -127,6 +129,29 @@ class Plan:
     def memory_fraction(self) -> float:
         """What JAX must be allowed of a GPU's memory (XLA_CLIENT_MEM_FRACTION): all but CUDA's and NCCL's room."""
         return max(0.0, 1 - (self.room.cuda + self.room.nccl) / self.chip.memory)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """With an even router."""
+        return self._timed(1.0)
+
+    @cached_property
+    def unbalanced(self) -> tuple[Unbalanced, ...]:
+        """For as many of LOADS as the devices allow."""
+        skews = [skew for load in LOADS if (skew := skew_of(self.job, load)) is not None]
+        return tuple(Unbalanced(skew, self._timed(skew.kept)) for skew in skews)
+
+    def _timed(self, load: float) -> Prediction:
+        return predict(
+            self.work,
+            self.chip,
+            self.cluster,
+            tokens=self.job.tokens,
+            model_flops=self.model_flops,
+            links=self.links,
+            load=load,
+            idle=idle_share(self.job),
+        )
 
     @cached_property
     def uses(self) -> tuple[Spent, ...]:
@@ -184,23 +209,7 @@ def planned(
 ) -> Plan:
     """The plan of a step whose work and memory are known."""
     parameters, active, flops = model_size(job)
-
-    def timed(load: float) -> Prediction:
-        return predict(
-            work, chip, cluster, tokens=job.tokens, model_flops=flops, links=links, load=load, idle=idle_share(job)
-        )
-
-    skews = [skew for load in LOADS if (skew := skew_of(job, load)) is not None]
-    return Plan(
-        job, chip, cluster, work, memory,
-        prediction=timed(1.0),
-        facts=facts,
-        room=room_of(work, memory),
-        parameters=parameters,
-        active=active,
-        model_flops=flops,
-        unbalanced=tuple(Unbalanced(skew, timed(skew.kept)) for skew in skews),
-    )  # fmt: skip
+    return Plan(job, chip, cluster, work, memory, facts, room_of(work, memory), parameters, active, flops, links)
 
 
 def check_filled(job: Job, cluster: Cluster) -> None:
@@ -222,9 +231,13 @@ def model_size(job: Job) -> tuple[int, int, float]:
 
     A forward pass is a third of training's. A decoding step's one query sees `sequence_length` keys, not half of them.
     """
-    model = nnx.eval_shape(lambda: Transformer(job.model, job.precision, job.execution, rngs=nnx.Rngs(0)))
-    specs = specs_of(model)
+    specs = _specs(job.model, job.precision, job.execution)
     count = count_parameters(job.model, specs)
     seen = job.sequence_length * (2 if job.kind == "decode" else 1)
     flops = train_flops_per_token(job.model, specs, seen, frozen=job.lora is not None)
     return count.total, count.active, job.tokens * flops / (1 if job.kind == "train" else 3)
+
+
+@functools.cache
+def _specs(model: ModelConfig, precision: Precision, execution: Execution) -> dict[str, Any]:
+    return specs_of(nnx.eval_shape(lambda: Transformer(model, precision, execution, rngs=nnx.Rngs(0))))

@@ -38,7 +38,7 @@ WINDOWED_SCORES = 0.5 * (1 + (128 * 129 / 2 + (4096 - 128) * 128) / (4096 * 4097
 """GPT-OSS: every other layer sees the last 128 of 4096 tokens."""
 
 MEGATRON = Implementation(
-    prefetches=True, hides_tensor=True, gathers_stored=False, sums="reduce-scatter", sums_once=True,
+    prefetches=True, hides_tensor=True, gathers_stored=False, scatters=True, sums_once=True,
     hides_stages=True, lockstep=False, deals_head=False, full_buffers=False, fuses_rows=True, gate_passes=3,
 )  # fmt: skip
 """Megatron-Core: distributed optimizer; its gathers and sums, and what interleaved stages hand on, beside the

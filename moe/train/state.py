@@ -17,7 +17,7 @@ from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
-from moe.train.optimizer import OptimizerConfig, make_optimizer
+from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
 from parallel.layout import Layout
 
 
@@ -148,6 +148,7 @@ def make_blueprint(
     Raises:
         ConfigError: settings that do not work together.
     """
+    check_master_weights(optimizer, precision)
     check_frozen(precision, lora, layout.stages)
     model = nnx.eval_shape(lambda: _fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))

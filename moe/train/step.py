@@ -17,7 +17,7 @@ from moe.train.loss import cross_entropy_sum
 from moe.train.optimizer import global_norm
 from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
-from moe.train.streamed import streamed_norm, streamed_update, streams
+from moe.train.streamed import check_landing, landed_gradients, streamed_norm, streamed_update, streams
 from parallel.layout import Layout
 
 
@@ -72,15 +72,19 @@ def make_train_step(
         loss_chunk: positions whose logits exist at once.
 
     Raises:
-        ConfigError: the layers do not divide over the stages.
+        ConfigError: the layers do not divide over the stages, or gradients that wait on the host would have to be added
+            up.
     """
     check_stages(blueprint.config, blueprint.layout.stages, virtual_stages)
+    check_landing(blueprint.layout.config, blueprint.layout.stages, microbatches)
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
-    def objective(params: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
+    def objective(
+        params: Any, landing: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array
+    ):
         model = blueprint.model(params, balance, frozen)
-        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
+        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing)
         stats = output.stats
         loss = cross_entropy_sum(
             output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
@@ -92,9 +96,10 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
         def one(number: jax.Array, part: Batch):
-            take = jax.grad(objective, has_aux=True)
-            own_key = jax.random.fold_in(key, number)
-            grads, told = take(state.params, state.balance, state.frozen, part, own_key, num_targets)
+            given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
+            if layout.config.gradients == "host":
+                return landed_gradients(blueprint, objective, state.params, given)
+            grads, told = jax.grad(objective, has_aux=True)(state.params, None, *given)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 

@@ -1,4 +1,5 @@
-"""The optimizer's update layer by layer, so that the devices hold what waits on their hosts of one layer at a time.
+"""Gradients put to the hosts, and the optimizer's update, layer by layer: of what waits on their hosts the devices hold
+one layer at a time.
 
 Of each stack of layers a loop fetches one group's gradients and optimizer states, updates them together with the
 group's parameters, and writes all back in place. What is not stacked is updated at once.
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe.model.parameter import is_spec
+from moe.model.config import ConfigError
+from moe.model.parameter import ParameterSpec, is_spec
 from moe.train.optimizer import global_norm
 from moe.train.state import Blueprint
 from parallel.layout import LayoutConfig
@@ -26,7 +28,45 @@ _STACKS = "stacks"
 
 def streams(layout: LayoutConfig, stages: int) -> bool:
     """Whether the update goes layer by layer. Layers that are shared out over stages are fetched together."""
-    return stages == 1 and "host" in (layout.gradients, layout.optimizer_states)
+    return stages == 1 and bool(layout.on_host)
+
+
+def check_landing(layout: LayoutConfig, stages: int, microbatches: int) -> None:
+    """
+    Raises:
+        ConfigError: layout.gradients="host" where the gradients of several microbatches are added up.
+    """
+    if layout.gradients == "host" and (stages > 1 or microbatches > 1):
+        which = f"mesh.stage={stages}" if stages > 1 else f"training.microbatches={microbatches}"
+        raise ConfigError(
+            f"layout.gradients='host' with {which}: gradients that are added up over microbatches would go to the host "
+            "and back each time; set layout.gradients='device', or use one stage and one microbatch"
+        )
+
+
+def landed_gradients(
+    blueprint: Blueprint, objective: Callable, params: dict[str, Any], given: tuple
+) -> tuple[dict[str, Any], Any]:
+    """(gradients, what the objective tells besides): those of the stacks on the host.
+
+    Args:
+        objective: of the parameters, of what the stacks' gradients land in, and of `given`.
+    """
+    accumulated = jnp.dtype(blueprint.precision.gradients)
+    stacks = params[_STACKS]
+    landing = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), stacks)
+
+    def of(rest: dict[str, Any], landing: dict[int, Any]) -> Any:
+        return objective(rest | {_STACKS: stacks}, landing, *given)
+
+    take = jax.grad(of, argnums=(0, 1), has_aux=True)
+    (rest, landed), told = take(_part(None, params), jax.device_put(landing, jax.memory.Space.Host))
+
+    def summed(spec: ParameterSpec, gradient: jax.Array) -> jax.Array:
+        return blueprint.layout.constrain_gradient(gradient.astype(accumulated), spec.axes)
+
+    rest = jax.tree.map(summed, _part(None, blueprint.specs), rest, is_leaf=is_spec)
+    return rest | {_STACKS: landed}, told
 
 
 def streamed_norm(gradients: dict[str, Any]) -> jax.Array:
