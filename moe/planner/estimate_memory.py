@@ -138,7 +138,9 @@ class _Estimate:
     def _used(self, spec: ParameterSpec) -> tuple[int, ...]:
         return NamedSharding(self.layout.mesh, self.layout.used_spec(spec.axes)).shard_shape(spec.shape)
 
-    def gradients(self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None) -> int:
+    def gradients(
+        self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None
+    ) -> int:
         """As they are summed: shared out from ZeRO's stage 2 on. By default in the parameters' format."""
         found = 0
         for each in specs:
