@@ -14,7 +14,7 @@ from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
-from moe.planner.work import Event, Loop, Run, Transfer, TransferKind, Use, Work
+from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -52,9 +52,11 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        if self.layers[0].how.prefetches:
-            return together(gathers, kernels)
-        return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
+        # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
+        late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
+        early = (event for gather in gathers if gather not in late for event in alone(gather))
+        widened = (run for layer in self.layers for run in layer.widened(backward=recomputed))
+        return (*widened, *early, *together(late, kernels))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""
@@ -75,9 +77,16 @@ class Group:
         again = self.forward(recomputed=True)
         if remat == "full":
             return again + tuple(layers)
-        # What is kept are the products with weights outside the experts.
-        again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
+        again = tuple(event for event in again if not _kept(event))
         return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
+
+
+def _kept(event: Event) -> bool:
+    """Whether it makes what `remat` "matmuls" keeps: outputs of products with weights outside the experts."""
+    if isinstance(event, Run):
+        return event.kind == "matmul"
+    name = event.transfer.name if isinstance(event, Start) else event.name if isinstance(event, Wait) else ""
+    return "scatter_stream" in name and "experts" not in name
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,9 @@ class _Step:
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
+        if self.how.whole_table and self.job.kind == "train":
+            table = s.model.vocab_size * s.model.d_model * s.stored
+            yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
 
     def _head(self) -> Iterator[Event]:
@@ -188,7 +200,9 @@ class _Step:
         length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
         chunk = min(job.loss_chunk, length)
         m = s.sequences * chunk
+        stream = float(s.sequences * length * D * s.compute)
         yield from alone(self._gather("head", s.compute))
+        yield from alone(s.transfer("gather.hidden", "head", "all-gather", ("tensor",), stream))
         yield Loop(
             math.ceil(length / chunk),
             (
@@ -199,6 +213,7 @@ class _Step:
                 s.product("dhidden", "head", m, D, V, backward=True),
             ),
         )
+        yield from alone(s.transfer("scatter.hidden", "head", "reduce-scatter", ("tensor",), stream, backward=True))
         if not self.how.sums_once:
             yield from self._sums_of_tables()
 
@@ -209,41 +224,49 @@ class _Step:
         copies = tuple(axis for axis in s.token_axes if axis not in s.fsdp)
         kind: TransferKind = "reduce-scatter" if self.job.layout.zero >= 2 else "all-reduce"
         for name in ("embedding", "head"):
+            if name == "embedding" and s.tensor > 1 and self.how.whole_table:
+                axes = (*s.token_axes, "tensor")
+                whole = s.transfer("sum.embedding", name, "all-reduce", axes, s.tensor * size, backward=True)
+                yield from alone(whole)
+                continue
             shares = s.over(*s.fsdp) if name == "embedding" and self.job.layout.zero >= 2 else 1
             yield from alone(s.transfer(f"sum.{name}", "optimizer", kind, s.fsdp, size, backward=True))
             copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)
             yield from alone(copied)
 
-    def _gather(self, use: Use, size: int) -> Transfer:
+    def _gather(self, use: Use, size: float) -> Transfer:
         s = self.sizes
         axes = s.fsdp if self.job.layout.zero == 3 else ()
         numbers = s.model.vocab_size // s.tensor * s.model.d_model
         return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
 
-    def parameters(self) -> float:
-        """Numbers that this device keeps where optimizer states are shared out as finely as they are."""
+    def parameters(self) -> dict[tuple[str, ...], float]:
+        """Numbers of this device's weights, gathered, by the axes over which they can be shared out."""
         s = self.sizes
-        tables = s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
-        numbers = tables / s.over(*s.fsdp)
+        found = dict.fromkeys((s.fsdp, s.expert_fsdp), 0.0)
+        found[s.fsdp] += s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
         for group, repeat in self.groups():
             for layer in group.layers:
                 for weight in layer.weights():
-                    shares = s.over(*(s.expert_fsdp if weight.use == "experts" else s.fsdp))
-                    numbers += weight.numbers * repeat / shares / self.job.mesh.stage
-        return numbers
+                    axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+                    found[axes] += weight.numbers * repeat / self.job.mesh.stage
+        return found
 
     def _optimizer(self) -> Iterator[Event]:
-        own = self.parameters()
+        s = self.sizes
         if self.how.sums_once:
             yield from self._sums_of_tables()
+        weights = self.parameters()
+        own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
         moments = 2 * own * 4
-        offloaded = self.job.layout.optimizer_states == "host"
         update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
-        if offloaded:
-            yield from alone(Transfer("states.in", "optimizer", "to-device", (), 1, 1, moments, 0.0))
-        yield update
-        if offloaded:
-            yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        if self.job.layout.optimizer_states == "host":
+            yield from alone(Transfer("states.fetched", "optimizer", "to-device", (), 1, 1, moments, 0.0))
+            yield update
+            yield from alone(Transfer("states.returned", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        else:
+            yield update
         if self.job.layout.zero < 3 and not self.how.sums_once:
-            size = own * self.sizes.over(*self.sizes.fsdp) * self.sizes.stored
-            yield from alone(self.sizes.transfer("gather.parameters", "optimizer", "all-gather", self.sizes.fsdp, size))
+            for axes, numbers in weights.items():
+                name = "gather.parameters." + "x".join(axes)
+                yield from alone(s.transfer(name, "optimizer", "all-gather", axes, numbers * s.stored))

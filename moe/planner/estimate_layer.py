@@ -91,19 +91,29 @@ class Layer:
         s = self.sizes
         if s.job.layout.zero < 3:
             return []
-        size = s.stored if backward and self.how.gathers_stored else s.compute
         return [
             s.transfer(
                 self._name("gather", weight.use, weight.name, backward=backward), weight.use, "all-gather",
-                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * size,
+                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * s.travels,
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
         ]  # fmt: skip
 
-    def sums(self, size: int) -> list[Transfer]:
-        """Of its weights' gradients, numbers of `size` bytes, over the devices that have tokens of their own."""
-        return [self._sum(weight, size) for weight in self.weights()]
+    def widened(self, *, backward: bool) -> list[Run]:
+        """The passes in which its weights at rest become what products take: of a device's share before the gather, or
+        if they are quantized of the whole after it."""
+        s = self.sizes
+        if s.matrices == s.compute:
+            return []
+        found = []
+        for weight in self.weights():
+            axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+            shares = 1 if s.job.precision.quantized or s.job.layout.zero < 3 else s.over(*axes)
+            moved = weight.numbers / shares * (s.matrices + s.compute)
+            flags: Flags = {"backward": backward, "recomputed": backward}
+            found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
+        return found
 
     def _sum(self, weight: Weight, size: int) -> Transfer:
         s = self.sizes
@@ -149,12 +159,14 @@ class Layer:
         return self.how.hides_tensor and transfer.use != "experts"
 
     def _summing(self, kernels: list[Run], pending: list[Transfer]) -> Iterator[Event]:
-        """Each sum runs beside the product that follows it; what is left over beside nothing."""
+        """Each sum runs beside two products, as many as there are for each weight; what is left over beside nothing."""
+        beside_it: list[Run] = []
         for kernel in kernels:
-            if pending and kernel.kind in ("matmul", "grouped_matmul"):
-                yield from beside(pending.pop(0), kernel)
-            else:
-                yield kernel
+            beside_it.append(kernel)
+            if pending and sum(each.kind in ("matmul", "grouped_matmul") for each in beside_it) == 2:
+                yield from beside(pending.pop(0), *beside_it)
+                beside_it = []
+        yield from beside_it
         for transfer in pending:
             yield from alone(transfer)
 
@@ -311,6 +323,9 @@ class Layer:
         if not self.dense and self.sizes.model.num_shared_experts:
             uses.append("shared_expert")
         both = [each for use in uses for each in (self._gather_stream(use, flags), self._scatter_stream(use, flags))]
+        # Of what is kept a device has its own positions, and the gradient of a weight takes those of all.
+        kept = self.sizes.job.execution.remat == "none"
+        both += [self._gather_stream(use, flags) for use in uses if kept and use != "experts"]
         return both + self._heads(flags)
 
     def _gather_stream(self, use: Use, flags: Flags) -> Transfer:

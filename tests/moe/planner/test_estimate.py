@@ -6,7 +6,7 @@ import pytest
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
-from moe.model.precision import FULL
+from moe.model.precision import FULL, Precision
 from moe.model.presets import TINY
 from moe.planner.estimate import estimate_work, idle_share
 from moe.planner.estimate_layer import Layer
@@ -113,8 +113,7 @@ def test_weights_are_gathered_for_each_use_and_their_gradients_summed():
     assert forward.axes == again.axes == summed.axes == ("data",)
     # 8 devices, 4 on each of 2 nodes: a ring's share leaves over 4 cards.
     assert (forward.inside, forward.across) == pytest.approx((numbers * 2 * 7 / 8, numbers * 2 * 4 / 8 / 4))
-    assert again.across == 2 * forward.across  # in float32
-    assert summed.across == forward.across  # in bfloat16
+    assert again.across == summed.across == forward.across
     assert all(times == MODEL.num_layers for times, _ in gate)
 
 
@@ -125,11 +124,12 @@ def test_with_copies_gradients_are_summed_whole():
 
 
 def test_zero_1_gathers_parameters_once():
-    work = estimate_work(job(mesh=MeshConfig(data=8), layout=LayoutConfig(zero=1), microbatches=4), 8)
-    gathers = [(t, x) for t, x in work.transfers() if x.kind == "all-gather"]
-    ((times, gather),) = gathers
-    assert times == 1
-    assert gather.use == "optimizer"
+    mesh = MeshConfig(data=2, expert=4)
+    work = estimate_work(job(mesh=mesh, layout=LayoutConfig(zero=1), microbatches=4), 8)
+    gathers = {x.axes: (t, x.inside) for t, x in work.transfers() if x.kind == "all-gather"}
+    experts = 8 * 3 * 4 * 512 * 1024
+    others = 8 * (2 * 512 * 8 * 64 + 2 * 512 * 4 * 64 + 512 * 16 + 3 * 512 * 1024) + 4096 * 512
+    assert gathers == {("data",): (1, experts * 4 / 2), ("data", "expert"): (1, others * 4 * 7 / 8)}
 
 
 def test_a_pipeline_computes_in_every_tick():
@@ -157,6 +157,15 @@ def test_what_waits_on_the_host_travels_there_and_back():
     a_token = 8 * H + 2 * 4 * H + D + E + 2 * F + D  # q, k, v; o; router; gate, up, down of the shared expert
     for kind in ("to-host", "to-device"):
         assert sent(outputs, kind=kind) == (pytest.approx(64 * 1024 * 8 * a_token * 2), 0)
+
+
+@pytest.mark.parametrize(("frozen", "bytes_each"), [(None, 4), ("bfloat16", 2), ("int8", 1), ("int4", 0.5 + 2 / 128)])
+def test_serving_reads_weights_as_they_are_kept(frozen, bytes_each):
+    precision = Precision(frozen=frozen)
+    work = estimate_work(job("decode", batch_size=1, precision=precision), 8)
+    widened = sum(t * run.bytes for t, run in work.runs() if run.name.startswith("widen"))
+    matrices = 8 * (2 * 512 * 8 * 64 + 2 * 512 * 4 * 64 + 512 * 16 + 3 * 17 * 512 * 1024)
+    assert widened == pytest.approx(0 if bytes_each == 2 else matrices * (bytes_each + 2))
 
 
 def test_decoding_reads_the_cache_and_every_expert():
