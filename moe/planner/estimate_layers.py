@@ -53,8 +53,8 @@ class Layers:
 
     @property
     def routed(self) -> tuple[int, int, int]:
-        """Numbers of the rows that a device sends [R, D], of the buffer in which rows arrive [S, D], and of its experts'
-        hidden activation [S, F]."""
+        """Numbers of the rows that a device sends [R, D], of the buffer in which rows arrive [S, D], and of its
+        experts' hidden activation [S, F]."""
         model, sizes = self.sizes.model, self.sizes
         sent = min(sizes.rows, sizes.buffer)
         return sent * model.d_model, sizes.buffer * model.d_model, sizes.buffer * sizes.expert_width

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moe.model.parameter import ParameterSpec
 from moe.model.transformer import layer_groups
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
-from moe.planner.estimate_states import States, abstract_layout, states_of
+from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Memory, Part
@@ -113,10 +113,7 @@ class _Estimate:
         model = self.job.model
         groups = math.ceil(model.num_layers / model.cla_factor)
         shape = (self.job.batch_size, groups, self.job.sequence_length, model.num_kv_heads, model.head_dim)
-        return 2 * math.prod(self._shard("BGSMH", shape)) * self.sizes.compute
-
-    def _shard(self, axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return NamedSharding(self.layout.mesh, self.layout.activation_spec(axes)).shard_shape(shape)
+        return 2 * self.sizes.compute * numbers(self.layout.activation("BGSMH"), shape)
 
     # Weights, as they are used and turned, and their gradients.
 
@@ -133,17 +130,24 @@ class _Estimate:
         """The matrices of a group in the compute format, gathered over the FSDP axes."""
         (repeat,) = {repeat for each, repeat in layer_groups(self.job.model) if each == group}
         of_stack = [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat]
-        return self.sizes.compute * sum(math.prod(self._used(each)[1:]) for each in of_stack)
+        return self.sizes.compute * sum(self._used(each) for each in of_stack) // repeat
 
-    def _used(self, spec: ParameterSpec) -> tuple[int, ...]:
-        return NamedSharding(self.layout.mesh, self.layout.used_spec(spec.axes)).shard_shape(spec.shape)
+    def _used(self, spec: ParameterSpec) -> int:
+        """Numbers of a weight that is gathered; of all layers."""
+        return numbers(self._placed(self.layout.used_spec(spec.axes)), spec.shape)
 
-    def gradients(self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None) -> int:
+    def _placed(self, spec: PartitionSpec) -> NamedSharding:
+        assert self.layout.mesh is not None
+        return NamedSharding(self.layout.mesh, spec)
+
+    def gradients(
+        self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None
+    ) -> int:
         """As they are summed: shared out from ZeRO's stage 2 on. By default in the parameters' format."""
         found = 0
         for each in specs:
-            where = NamedSharding(self.layout.mesh, self.layout.gradient_spec(each.axes, each.shape[0]))
-            found += math.prod(where.shard_shape(each.shape)) * jnp.dtype(dtype or each.dtype).itemsize
+            where = self._placed(self.layout.gradient_spec(each.axes, each.shape[0]))
+            found += numbers(where, each.shape) * jnp.dtype(dtype or each.dtype).itemsize
         return found
 
     @property
@@ -162,7 +166,7 @@ class _Estimate:
             return 0
         found = 0
         for each in filter(_is_stacked, self.specs):
-            shape = self.layout.stored(each.axes, each.shape).shard_shape(each.shape)
+            shape = self._placed(self.layout.stored_spec(each.axes, each.shape[0])).shard_shape(each.shape)
             place = each.axes.index("D")
             if shape[place] < each.shape[place] and math.prod(shape[1:place]) > 1:
                 found += math.prod(shape) * each.dtype.itemsize
@@ -170,8 +174,8 @@ class _Estimate:
 
     @property
     def head_gradient(self) -> int:
-        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to which
-        the embedding's gradients are added."""
+        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to
+        which the embedding's gradients are added."""
         return 4 * self.vocabulary
 
     @property
@@ -183,8 +187,7 @@ class _Estimate:
     def embedding(self) -> int:
         """The moment of the lookup: the embedding is gathered as it is stored, from a copy with its FSDP axis first."""
         (spec,) = [each for each in self.specs if each.kind == "embedding"]
-        here = math.prod(self.layout.stored(spec.axes, spec.shape).shard_shape(spec.shape))
-        whole = math.prod(self._used(spec))
+        here, whole = numbers(self.layout.stored(spec.axes, spec.shape), spec.shape), self._used(spec)
         return (whole + here) * spec.dtype.itemsize if here < whole else 0
 
     # Moments of the step.
@@ -212,13 +215,13 @@ class _Estimate:
         }
 
     def _in_the_update(self) -> dict[Part, int]:
-        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all of
-        them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under way,
-        in copies: parameter, two moments."""
+        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all
+        of them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under
+        way, in copies: parameter, two moments."""
         gathered = largest = 0
         for each in self.states.specs:
             here, at_rest = (
-                each.dtype.itemsize * math.prod(where(each.axes, each.shape).shard_shape(each.shape))
+                each.dtype.itemsize * numbers(where(each.axes, each.shape), each.shape)
                 for where in (self.layout.optimizer_state, self.layout.stored)
             )
             largest = max(largest, here)
@@ -229,8 +232,8 @@ class _Estimate:
 
     @property
     def activations(self) -> int:
-        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is computed
-        again."""
+        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is
+        computed again."""
         kept = sum(count * self.kept(group) for group, count in self.layers.groups())
         schedule = self.schedule
         return kept + (schedule.slots * self.sizes.compute * self.layers.stream if schedule else 0)
