@@ -152,10 +152,21 @@ class _Estimate:
 
     @property
     def accumulators(self) -> int:
-        """Sums over microbatches. XLA computes two microbatches in one turn of their loop, and keeps zeros for the
-        second one's gradients; a pipeline's ticks add to their sums out of place besides."""
-        copies = 3 if self.layout.stages > 1 else 2 if self.job.microbatches > 1 else 0
-        return copies * self.gradients(self.states.specs, self.job.precision.gradients)
+        """What sums over microbatches hold beside one microbatch's gradients: those of a second one, for XLA computes
+        two in one turn of their loop, and the sums, which it shares out as the optimizer's states are. A pipeline's
+        ticks add to their sums out of place besides."""
+        gradients = self.gradients(self.states.specs, self.job.precision.gradients)
+        if self.layout.stages > 1:
+            return 3 * gradients
+        return gradients + self.sums if self.job.microbatches > 1 else 0
+
+    @property
+    def sums(self) -> int:
+        """The gradients as the optimizer takes them."""
+        size = jnp.dtype(self.job.precision.gradients).itemsize
+        return size * sum(
+            numbers(self.layout.optimizer_state(each.axes, each.shape), each.shape) for each in self.states.specs
+        )
 
     @property
     def transposed(self) -> int:
@@ -226,7 +237,9 @@ class _Estimate:
             )
             largest = max(largest, here)
             gathered += at_rest if at_rest > here else 0
-        gradients = 0 if self.job.layout.on_host else self.gradients(self.states.specs, self.job.precision.gradients)
+        gradients = self.sums if self.job.microbatches > 1 else self.gradients(self.states.specs)
+        if self.job.layout.on_host:
+            gradients = 0
         under_way = 0 if self.job.layout.on_host else 5 * largest
         return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
 
