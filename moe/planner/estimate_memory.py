@@ -78,10 +78,11 @@ class _Estimate:
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
-        """A prefill fills a cache of its own before it writes into the given one. Of two layers the weights are there,
-        for the next one's are gathered while one computes."""
+        """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
+        two groups are there: the next one's come while one computes."""
         groups = [group for group, _ in self.layers.groups()]
-        layers = self.transposed + max(2 * self.weights(group) + self.layers.forward(group) for group in groups)
+        at_once = 2 if self.job.layout.zero == 3 else 1
+        layers = self.transposed + max(at_once * self.weights(group) + self.layers.forward(group) for group in groups)
         own = self.cache if self.job.kind == "prefill" else 0
         return {
             "parameters": self.states.parameters,
@@ -172,8 +173,9 @@ class _Estimate:
     def transposed(self) -> int:
         """Copies of stacked matrices whose FSDP axis D is not their outermost: XLA turns the whole stack round before
         the loop over layers, so that what a gather brings lies in one piece. Without recomputation the gathered weights
-        are kept instead, and the copies are gone when the backward pass begins."""
-        if self.job.kind == "train" and self.job.execution.remat == "none" and self.layout.stages == 1:
+        are kept instead, and the copies are gone when the backward pass begins, unless another microbatch needs them."""
+        job = self.job
+        if job.kind == "train" and job.execution.remat == "none" and job.microbatches == 1:
             return 0
         found = 0
         for each in filter(_is_stacked, self.specs):
