@@ -79,10 +79,11 @@ class _Estimate:
 
     def serving(self) -> dict[Part, int]:
         """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
-        two groups are there: the next one's come while one computes."""
+        two layers are there: the next one's come while one computes."""
         groups = [group for group, _ in self.layers.groups()]
-        at_once = 2 if self.job.layout.zero == 3 else 1
-        layers = self.transposed + max(at_once * self.weights(group) + self.layers.forward(group) for group in groups)
+        at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
+        layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
+        layers += self.transposed
         own = self.cache if self.job.kind == "prefill" else 0
         return {
             "parameters": self.states.parameters,
@@ -173,7 +174,8 @@ class _Estimate:
     def transposed(self) -> int:
         """Copies of stacked matrices whose FSDP axis D is not their outermost: XLA turns the whole stack round before
         the loop over layers, so that what a gather brings lies in one piece. Without recomputation the gathered weights
-        are kept instead, and the copies are gone when the backward pass begins, unless another microbatch needs them."""
+        are kept instead, and the copies are gone when the backward pass begins, unless another microbatch needs them.
+        """
         job = self.job
         if job.kind == "train" and job.execution.remat == "none" and job.microbatches == 1:
             return 0
@@ -207,15 +209,17 @@ class _Estimate:
 
     def _at_the_loss(self) -> dict[Part, int]:
         """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
-        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
+        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient. The
+        loop over two microbatches XLA unrolls, and takes both forward before either goes backward."""
         job, sizes = self.job, self.sizes
+        unrolled = job.microbatches == 2 and self.layout.stages == 1
         chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
         logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
         hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
         return {
-            "gradients": self.accumulators + 3 * self.head_gradient,
-            "activations": self.activations,
-            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+            "gradients": 3 * self.head_gradient + (0 if unrolled else self.accumulators),
+            "activations": self.activations * (2 if unrolled else 1),
+            "temporaries": self.transposed + (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
