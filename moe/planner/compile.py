@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,10 @@ SOURCES = (
     "moe/planner/compile.py",
 )  # fmt: skip
 """What decides on the program and on what is kept of it; a change there compiles anew."""
+
+
+_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
+"""The line that names an exception, in a traceback."""
 
 
 class CompileError(RuntimeError):
@@ -163,7 +168,9 @@ def _unpacked(file: Path) -> str:
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"the compiler's process ended with exit code {done.returncode}"
+    # Behind the error XLA may write where in Python its operation came from.
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [f"the compiler's process ended with exit code {done.returncode}"])[-1]
 
 
 def _work(folder: Path) -> None:

@@ -15,6 +15,7 @@ from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
+from parallel.layout import BATCH_AXES
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -134,9 +135,16 @@ class _Step:
         return 4 if self.how.sums_once else self.sizes.compute
 
     def serving(self) -> Iterator[Event]:
+        s = self.sizes
         yield from self._embedding()
         yield from (Loop(repeat, group.forward()) for group, repeat in self.groups())
-        s = self.sizes
+        if self.job.kind == "prefill":
+            # Rows go to whatever slots are free, so each device is sent the keys and values of all.
+            groups = sum(repeat for _, repeat in self.groups())
+            rows = self.job.batch_size * groups * s.length
+            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.compute)
+            for name in "kv":
+                yield from alone(s.transfer(f"cache.{name}", "attention", "all-gather", BATCH_AXES, size))
         yield from alone(self._gather("head", s.compute))
         yield s.product("logits", "head", s.sequences, s.model.vocab_size // s.tensor, s.model.d_model, out=4)
 
@@ -188,7 +196,7 @@ class _Step:
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
-        if self.how.whole_table and self.job.kind == "train":
+        if self.how.whole_table and self.job.kind != "decode":
             table = s.model.vocab_size * s.model.d_model * s.stored
             yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
