@@ -146,11 +146,14 @@ class Layer:
         flags = {"backward": True}
         kernels = self._backward_kernels(flags)
         pending = [self._sum(weight, sums) for weight in reversed(self.weights())] if sums else []
+        hidden: list[Transfer] = []
         if not self.dense:
-            yield from (event for transfer in self._exchanges(flags) for event in alone(transfer))
+            for first, rest in map(self._cut, self._exchanges(flags)):
+                yield from alone(first)
+                hidden += rest
         within = self._tensor_transfers(flags)
         yield from (event for transfer in within if not self._hidden(transfer) for event in alone(transfer))
-        hidden = [transfer for transfer in within if self._hidden(transfer)]
+        hidden += [transfer for transfer in within if self._hidden(transfer)]
         if self.how.prefetches:
             hidden, pending = hidden + pending, []
         yield from together(hidden, self._summing(kernels, pending))
@@ -243,14 +246,14 @@ class Layer:
         if s.job.layout.splits_width:
             yield from alone(self._gather_stream("experts", flags))
         yield s.pass_over("dispatch", "exchange", moved, 1, **flags)
-        send, *back = self._exchanges(flags)
+        (send, later_sends), (back, earlier_backs) = (self._cut(each) for each in self._exchanges(flags))
         yield from alone(send)
-        for name in ("gate", "up"):
-            yield self._grouped(name, F, D, **flags)
-        yield s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags)
-        yield self._grouped("down", D, F, **flags)
+        experts = [self._grouped(name, F, D, **flags) for name in ("gate", "up")]
+        experts.append(s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags))
+        experts.append(self._grouped("down", D, F, **flags))
+        yield from together(later_sends + earlier_backs, experts)
         shared = tuple(self._feed_forward("shared_expert", flags, down=needed)) if model.num_shared_experts else ()
-        yield from beside(back[0], *shared)
+        yield from beside(back, *shared)
         yield s.pass_over("combine", "exchange", moved, 1, **flags)
         if s.job.layout.splits_width:
             yield from alone(self._scatter_stream("experts", flags))
@@ -285,6 +288,19 @@ class Layer:
                 one = self._hierarchical(way, row, flags)
             found.append(one)
         return found
+
+    def _cut(self, exchange: Transfer) -> tuple[Transfer, list[Transfer]]:
+        """The chunk for which the experts wait, and the others, which travel while they compute."""
+        chunks = self.sizes.job.execution.exchange_chunks
+        if chunks == 1:
+            return exchange, []
+        first, rest = (
+            replace(
+                exchange, name=f"{exchange.name}.{name}", inside=exchange.inside * share, across=exchange.across * share
+            )
+            for name, share in (("first", 1 / chunks), ("rest", 1 - 1 / chunks))
+        )
+        return first, [rest]
 
     def _hierarchical(self, way: str, row: float, flags: Flags) -> Transfer:
         s = self.sizes

@@ -8,16 +8,19 @@ from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.model.presets import TINY
+from moe.planner.chips import H20
 from moe.planner.estimate import estimate_work, idle_share
 from moe.planner.estimate_layer import Layer
 from moe.planner.implementation import OURS
 from moe.planner.job import Job
+from moe.planner.predict import predict
 from moe.planner.sizes import Sizes
 from moe.planner.work import Run
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
 from parallel.layout import SINGLE_DEVICE, LayoutConfig
 from parallel.mesh import MeshConfig
+from parallel.network.cluster import Cluster
 from parallel.pipeline import Schedule
 
 MODEL = ModelConfig(4096, 512, 8, 8, 4, 64, 16, 1024, num_shared_experts=1, router=RouterConfig(top_k=2))
@@ -74,6 +77,16 @@ def test_padded_blocks_cross_the_node_as_the_exchange_tells():
     block = min(tokens * 2, tokens * 1)
     ways = 4 * MODEL.num_layers
     assert sent(found, "exchange") == pytest.approx((7 * block * row * ways, 8 * block * row * ways))
+
+
+def test_chunks_travel_while_experts_compute():
+    mesh, cluster = MeshConfig(expert=16), Cluster(nodes=2)
+    whole, cut = (job(mesh=mesh, execution=Execution(exchange_chunks=chunks)) for chunks in (1, 4))
+    one, four = (estimate_work(each, 8) for each in (whole, cut))
+    assert sent(one, "exchange") == pytest.approx(sent(four, "exchange"))
+    assert one.flops == four.flops
+    waits = [predict(work, H20, cluster, tokens=1, model_flops=1).terms["exposed_across"] for work in (one, four)]
+    assert waits[1] < waits[0]
 
 
 def test_capacity_bounds_the_blocks():
