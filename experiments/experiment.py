@@ -11,14 +11,16 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.overrides import check, settings, vary
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.train.data import DataConfig
 from moe.train.loop import TrainingConfig
-from moe.train.optimizer import OptimizerConfig
+from moe.train.optimizer import OptimizerConfig, check_master_weights
 from moe.train.pipelined import check_stages
 from moe.train.state import Blueprint, make_blueprint
+from moe.train.streamed import check_landing
 from moe.train.tokenizer import SPECIAL
 from parallel.layout import (
     BATCH_AXES,
@@ -48,6 +50,7 @@ class Experiment:
     name: of the run folder, runs/<name>.
     init_from: folder with the weights to start from: a checkpoint (moe/model/hf), a model folder or another run; None
         draws them at random.
+    lora: adapters that are trained beside attention's weights, all others frozen; None trains everything.
 
     Raises ConfigError where the parts do not fit together. Every part has checked itself before.
     """
@@ -62,6 +65,7 @@ class Experiment:
     precision: Precision = field(default_factory=Precision)
     execution: Execution = field(default_factory=Execution)
     init_from: str | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for path, setting in settings(self).items():
@@ -71,6 +75,7 @@ class Experiment:
         self._check_batch()
         self._check_pipeline()
         self._check_sharding()
+        check_master_weights(self.optimizer, self.precision)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "
@@ -122,6 +127,7 @@ class Experiment:
     def _check_pipeline(self) -> None:
         stages, virtual, microbatches = self.mesh.stage, self.training.virtual_stages, self.training.microbatches
         check_stages(self.model, stages, virtual)
+        check_landing(self.layout, stages, microbatches)
         if virtual > 1 and microbatches % stages:
             raise ConfigError(
                 f"training.microbatches={microbatches} with training.virtual_stages={virtual}: interleaving takes "
@@ -176,9 +182,10 @@ class Experiment:
             LayoutError: a parameter does not divide over the mesh.
         """
         alone = self.mesh.num_devices == 1 and not jax.distributed.is_initialized()
-        if mesh is None and (not alone or self.layout.optimizer_states == "host"):
+        if mesh is None and (not alone or self.layout.on_host):
             mesh = make_mesh(self.mesh)
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh, self.layout)
+        steps, lora = self.training.steps, self.lora
         return make_blueprint(
-            self.model, self.precision, self.execution, self.optimizer, layout, steps=self.training.steps
+            self.model, self.precision, self.execution, self.optimizer, layout, steps=steps, lora=lora
         )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from parallel.mesh import MeshConfig
@@ -83,6 +84,11 @@ class LayoutConfig:
             )
 
     @property
+    def on_host(self) -> tuple[str, ...]:
+        """The settings that have something wait in the hosts' memory."""
+        return tuple(name for name in ("optimizer_states", "gradients") if getattr(self, name) == "host")
+
+    @property
     def splits_width(self) -> bool:
         """Whether `tensor` splits the experts' width F instead of sharing out whole experts."""
         return TENSOR_AXIS not in self.experts
@@ -101,14 +107,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         # A mesh without devices may be lowered for.
-        if self.config.optimizer_states == "host" and isinstance(self.mesh, Mesh):
+        if self.config.on_host and isinstance(self.mesh, Mesh):
             device = self.mesh.devices.flat[0]
             memories = [memory.kind for memory in device.addressable_memories()]
             # Of a GPU that is only described, to compile for, JAX knows no memory at all.
             if memories and HOST_MEMORY not in memories:
                 known = ", ".join(memories)
                 raise LayoutError(
-                    f"layout.optimizer_states='host' needs {HOST_MEMORY} memory, and the memories of these "
+                    f"layout.{self.config.on_host[0]}='host' needs {HOST_MEMORY} memory, and the memories of these "
                     f"{device.platform} devices are {known}; set 'device'"
                 )
 
@@ -177,8 +183,7 @@ class Layout:
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names=set(self._present(self.mesh.shape)),
-            # What a device does with its rows depends on it in ways the checker cannot follow; the equality tests
-            # stand in for it.
+            # The checker cannot follow what a device does with its rows; the equality tests stand in for it.
             check_vma=False,
         )
 
@@ -216,11 +221,9 @@ class Layout:
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
     def divided(self, axes: str, shape: tuple[int, ...]) -> str:
-        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
-        that do not divide as the weight's do."""
-        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
-        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
-        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+        """`axes` for an array of another shape, with "_", which stays whole, where that does not divide."""
+        parts = [self._size(split or ()) for split in self.sharded_spec(axes, shape[0])]
+        return "".join("_" if size % n else letter for letter, size, n in zip(axes, shape, parts, strict=True))
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
@@ -268,9 +271,25 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format.
+
+        Parts are joined along an axis of their own that leads, as they arrive. Along any other XLA would have them in
+        another order in memory, and to that end copy the whole stack of layers before the loop.
+        """
+        stored, used = self.stored_spec(axes), self.used_spec(axes)
+        place = axes.find("D")
+        names = stored[place] if place > 0 and len(stored) > place else None
         # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
-        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
+        weight = self._constrain(weight, stored)
+        if names is None:
+            return self._constrain(weight, used)
+        *before, width = weight.shape[: place + 1]
+        parts = self._size((names,) if isinstance(names, str) else names)
+        split = weight.reshape(*before, parts, width // parts, *weight.shape[place + 1 :])
+        leading = jnp.moveaxis(split, place, 0)
+        leading = self._constrain(leading, PartitionSpec(names, *used[:place], None, *used[place + 1 :]))
+        leading = self._constrain(leading, PartitionSpec(None, *used[:place], None, *used[place + 1 :]))
+        return self._constrain(jnp.moveaxis(leading, 0, place).reshape(weight.shape), used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
@@ -294,9 +313,11 @@ class Layout:
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
         fsdp = self._present(FSDP_AXES)
-        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
-            gradient = jax.lax.psum(gradient, copies)
-        return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
+        if fsdp:
+            gradient = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True)
+        # The copies then sum their own parts alone.
+        copies = tuple(axis for axis in self._token_axes if axis not in fsdp)
+        return jax.lax.psum(gradient, copies) if copies else gradient
 
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
@@ -365,6 +386,7 @@ class Layout:
         return tuple(axis for axis in axes if axis in self.mesh.shape and axis not in outer)
 
     def _size(self, axes: Iterable[str]) -> int:
+        axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1
 
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -374,7 +396,7 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = _names(names)
+            names = (names,) if isinstance(names, str) else names or ()
             parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
@@ -383,11 +405,6 @@ class Layout:
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
-
-
-def _names(split: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:

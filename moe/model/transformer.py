@@ -1,17 +1,19 @@
 """The whole model: embedding, stacks of layers under lax.scan, final norm and head."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig
 from moe.model.attention import Sight
 from moe.model.block import Group
 from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
+from moe.model.landing import land
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import matrix, norm_scale
 from moe.model.precision import Precision
@@ -65,6 +67,7 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         layout: Layout = SINGLE_DEVICE,
         keep_layer_inputs: bool = False,
+        landing: dict[int, Any] | None = None,
     ) -> Output:
         """
         Args:
@@ -76,13 +79,15 @@ class Transformer(nnx.Module):
             key: the step's random key; needed where routing draws at random (router.overflow='recycle').
             layout: where arrays live.
             keep_layer_inputs: whether to return the residual stream before each layer.
+            landing: by number of the stack, what its weights' gradients are to be those of (moe/model/landing.py).
         """
         layout = layout.for_length(tokens_BT.shape[1])
         sight = self.sight(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embed(tokens_BT, layout)
         found, inputs = [], []
-        for stack, scan in zip(self.stacks, self.scans(key, layout, keep_layer_inputs), strict=True):
-            x_BTD, cache, stats, inputs_LBTD = scan(stack, x_BTD, sight, cache)
+        for number, scan in enumerate(self.scans(key, layout, keep_layer_inputs)):
+            where = None if landing is None else landing[number]
+            x_BTD, cache, stats, inputs_LBTD = scan(self.stacks[number], x_BTD, sight, cache, where)
             if inputs_LBTD is not None:
                 inputs.append(inputs_LBTD)
             if stats is not None:
@@ -93,6 +98,12 @@ class Transformer(nnx.Module):
             cache,
             jnp.concatenate(inputs) if keep_layer_inputs else None,
         )
+
+    def adapt(self, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+        """Sets low-rank adapters beside the projections of every layer's attention."""
+        for stack in self.stacks:
+            for block in stack.blocks:
+                block.attention.adapt(config, self.precision, rngs=rngs)
 
     def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
         """What each token may look at; None as in `__call__`."""
@@ -179,23 +190,31 @@ class GroupScan(NamedTuple):
     keep_inputs: bool
 
     def __call__(
-        self, stack: Group, x_BTD: jax.Array, sight: Sight, cache: KVCache | None
+        self,
+        stack: Group,
+        x_BTD: jax.Array,
+        sight: Sight,
+        cache: KVCache | None,
+        landing: dict[str, Any] | None = None,
     ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
-        graph, weights = nnx.split(stack)
+        parts: Any = nnx.split(stack, nnx.Param, ...)
+        graph, weights, others = parts
 
-        def group(carry, weights_and_place):
+        def group(carry, of_group):
             x_BTD, cache = carry
-            weights, place = weights_and_place
+            weights, others, landing, place = of_group
+            if landing is not None:
+                weights = land(weights, landing, self.layout)
             layer = self.first_layer + self.layers_per_group * place
             group_cache = None if cache is None else cache.group(self.first_group + place)
-            output = nnx.merge(graph, weights)(x_BTD, sight, layer, self.key, self.layout, group_cache)
+            output = nnx.merge(graph, weights, others)(x_BTD, sight, layer, self.key, self.layout, group_cache)
             if output.cache is not None:
                 cache = KVCache(output.cache.k_BGSMH, output.cache.v_BGSMH)
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache), (output.stats, inputs_PBTD)
 
-        places = jnp.arange(self.repeat)
-        (x_BTD, cache), found = jax.lax.scan(rematerialise(group, self.remat), (x_BTD, cache), (weights, places))
+        of_groups = (weights, others, landing, jnp.arange(self.repeat))
+        (x_BTD, cache), found = jax.lax.scan(rematerialise(group, self.remat), (x_BTD, cache), of_groups)
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD
 

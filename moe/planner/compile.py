@@ -35,10 +35,6 @@ SOURCES = (
 """What decides on the program and on what is kept of it; a change there compiles anew."""
 
 
-_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
-"""The line that names an exception, in a traceback."""
-
-
 class CompileError(RuntimeError):
     """XLA refused the program: its own words."""
 
@@ -167,10 +163,10 @@ def _unpacked(file: Path) -> str:
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last exception's line; XLA writes a stack behind it."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    # Behind the error XLA may write where in Python its operation came from.
-    errors = [line for line in lines if _ERROR.match(line)]
-    return (errors or lines or [f"the compiler's process ended with exit code {done.returncode}"])[-1]
+    lines = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines
+    return lines[-1] if lines else f"the compiler's process ended with exit code {done.returncode}"
 
 
 def _work(folder: Path) -> None:

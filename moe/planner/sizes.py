@@ -1,6 +1,7 @@
 """What falls to one device of a job's mesh: tokens, weights, and how its collectives lie over the nodes. No array, no
 compiler: products of settings."""
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from moe.planner.job import Job
 from moe.planner.transfers import sent
 from moe.planner.work import Run, RunKind, Transfer, TransferKind, Use
 from parallel.layout import BATCH_AXES, FSDP_AXES
+from parallel.mesh import MeshConfig
 
 BYTES: dict[str, float] = {
     "float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / GROUPS["int4"], "nf4": 0.5 + 2 / GROUPS["nf4"],
@@ -185,9 +187,16 @@ class Sizes:
 
     def spread(self, axes: tuple[str, ...]) -> tuple[int, int]:
         """(devices, nodes) of a group along `axes`: of those that lie differently, the one that is spread widest."""
-        sizes = self.job.mesh.sizes
-        nodes = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())) // self.devices_per_node
-        count = self.over(*axes)
-        last = [list(sizes).index(axis) for axis in axes]
-        groups = np.moveaxis(nodes, last, range(-len(last), 0)).reshape(-1, count) if axes else nodes.reshape(-1, 1)
-        return count, int(max(len(np.unique(group)) for group in np.unique(groups, axis=0)))
+        return self.over(*axes), nodes_of(self.job.mesh, axes, self.devices_per_node)
+
+
+@functools.cache
+def nodes_of(mesh: MeshConfig, axes: tuple[str, ...], devices_per_node: int) -> int:
+    """The most nodes over which one group of devices along `axes` lies."""
+    if not axes:
+        return 1
+    sizes = mesh.sizes
+    nodes = np.arange(mesh.num_devices).reshape(tuple(sizes.values())) // devices_per_node
+    last = [list(sizes).index(axis) for axis in axes]
+    groups = np.moveaxis(nodes, last, range(-len(last), 0)).reshape(-1, math.prod(sizes[axis] for axis in axes))
+    return int((np.diff(np.sort(groups)) > 0).sum(1).max()) + 1

@@ -10,6 +10,7 @@ import optax
 
 from moe.model.config import ConfigError
 from moe.model.parameter import Kind, is_spec
+from moe.model.precision import Precision
 from moe.train.schedule import Schedule, make_schedule
 
 
@@ -63,6 +64,18 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.undecayed names {sorted(unknown)}: the kinds are {', '.join(get_args(Kind))}")
 
 
+def check_master_weights(config: OptimizerConfig, precision: Precision) -> None:
+    """
+    Raises:
+        ConfigError: the parameters are float32 themselves.
+    """
+    if config.master_weights and precision.parameters == "float32":
+        raise ConfigError(
+            "optimizer.master_weights=true with precision.parameters='float32': these need no copies; set "
+            "precision.parameters='bfloat16', or master_weights=false"
+        )
+
+
 def make_optimizer(
     config: OptimizerConfig, specs: dict[str, Any], steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
@@ -75,17 +88,12 @@ def make_optimizer(
         steps: of the whole run.
 
     Raises:
-        ConfigError: the warmup is longer than the run, or the parameters are float32 and have master weights besides.
+        ConfigError: the warmup is longer than the run.
     """
     if config.warmup_steps >= steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.warmup_steps} with training.steps={steps}: warm up for fewer steps than "
             f"the run has, {max(1, steps // 10)} for example"
-        )
-    if config.master_weights and any(spec.dtype == jnp.float32 for spec in jax.tree.leaves(specs, is_leaf=is_spec)):
-        raise ConfigError(
-            "optimizer.master_weights=true with precision.parameters='float32': these need no copies; set "
-            "precision.parameters='bfloat16', or master_weights=false"
         )
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps, config.final_share)
 

@@ -15,9 +15,10 @@ from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
 from moe.train.optimizer import global_norm
+from moe.train.parts import fetched
 from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
-from moe.train.streamed import streamed_norm, streamed_update, streams
+from moe.train.streamed import check_landing, landed_gradients, streamed_norm, streamed_update, streams
 from parallel.layout import Layout
 
 
@@ -72,15 +73,19 @@ def make_train_step(
         loss_chunk: positions whose logits exist at once.
 
     Raises:
-        ConfigError: the layers do not divide over the stages.
+        ConfigError: the layers do not divide over the stages, or gradients that wait on the host would have to be added
+            up.
     """
     check_stages(blueprint.config, blueprint.layout.stages, virtual_stages)
+    check_landing(blueprint.layout.config, blueprint.layout.stages, microbatches)
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
-    def objective(params: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
-        model = blueprint.model(params, balance)
-        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout)
+    def objective(
+        params: Any, landing: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array
+    ):
+        model = blueprint.model(params, balance, frozen)
+        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing)
         stats = output.stats
         loss = cross_entropy_sum(
             output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
@@ -92,8 +97,10 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
         def one(number: jax.Array, part: Batch):
-            take = jax.grad(objective, has_aux=True)
-            grads, told = take(state.params, state.balance, part, jax.random.fold_in(key, number), num_targets)
+            given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
+            if layout.config.gradients == "host":
+                return landed_gradients(blueprint, objective, state.params, given)
+            grads, told = jax.grad(objective, has_aux=True)(state.params, None, *given)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 
@@ -134,7 +141,7 @@ def make_train_step(
                 grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
                 norm = global_norm(grads)
                 update = optax.with_extra_args_support(blueprint.optimizer).update
-                updates, opt_state = update(grads, blueprint.fetched(state.opt_state), params, norm=norm)
+                updates, opt_state = update(grads, fetched(state.opt_state), params, norm=norm)
                 params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),
@@ -148,7 +155,7 @@ def make_train_step(
         balance = state.balance
         if stats is not None and router.balance == "bias":
             balance = move_biases(blueprint, state, stats.load_E)
-        return TrainState(state.step + 1, params, balance, opt_state), metrics
+        return TrainState(state.step + 1, params, balance, opt_state, state.frozen), metrics
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
@@ -160,7 +167,8 @@ def make_evaluation_step(
     """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = blueprint.model(state.params, state.balance)
+        model = blueprint.model(state.params, state.balance, state.frozen)
+        model.eval()
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
         loss = cross_entropy_sum(
@@ -206,6 +214,6 @@ def layer_stats(stats: MoEStats) -> LayerStats:
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
     """The routers' selection biases after a step in which the experts were loaded so."""
-    model = blueprint.model(state.params, state.balance)
+    model = blueprint.model(state.params, state.balance, state.frozen)
     model.move_biases(load_LE)
     return nnx.to_pure_dict(nnx.state(model, SelectionBias))

@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "ring": ("sequence", {"sequence": "ring"}),
     "experts over tensor": ("tensor", {"experts": ("tensor",)}),
     "states on host": ("data", {"optimizer_states": "host"}),
+    "gradients on host": ("data", {"gradients": "host"}),
 }
 """Ways to use eight devices: the mesh axis, and the layout."""
 TRIPLES = [

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 
 from moe.model.config import ConfigError
 from moe.model.parameter import ParameterSpec
-from moe.train.optimizer import OptimizerConfig, make_optimizer
+from moe.model.precision import Precision
+from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
 
 SPECS = {
     "norm_D": ParameterSpec((3,), jnp.dtype("float32"), "D", "norm"),
@@ -56,6 +59,41 @@ def test_no_clipping_leaves_large_gradients():
     _, state = optimizer.update(grads, optimizer.init(params), params)
     adam = next(part for part in state if hasattr(part, "mu"))
     np.testing.assert_allclose(adam.mu["w_DE"], 0.1 * grads["w_DE"], rtol=1e-5)
+
+
+def test_a_part_of_the_gradients_is_clipped_by_the_norm_of_all():
+    optimizer, _ = make_optimizer(OptimizerConfig(clip_norm=0.5, warmup_steps=0), SPECS, 10)
+    params, grads = trees(0), trees(1)
+    whole, _ = optimizer.update(grads, optimizer.init(params), params)
+    told, _ = optimizer.update(grads, optimizer.init(params), params, norm=optax.tree.norm(grads))
+    jax.tree.map(np.testing.assert_array_equal, told, whole)
+    _, state = optimizer.update(grads, optimizer.init(params), params, norm=jnp.float32(10.0))
+    adam = next(part for part in state if hasattr(part, "mu"))
+    np.testing.assert_allclose(adam.mu["w_DE"], 0.1 * grads["w_DE"] * 0.5 / 10, rtol=1e-5)
+
+
+def test_master_weights_add_up_what_bfloat16_would_lose():
+    config = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    exact, _ = make_optimizer(config, SPECS, 10)
+    optimizer, _ = make_optimizer(dataclasses.replace(config, master_weights=True), SPECS, 10)
+    params = jax.tree.map(lambda x: (2 + jnp.abs(x)).astype(jnp.bfloat16), trees(0))
+    expected = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    grads = jax.tree.map(lambda x: jnp.abs(x).astype(jnp.bfloat16), trees(1))
+    state, exact_state, first = optimizer.init(params), exact.init(expected), params
+    for _ in range(100):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        # A step of 1e-4 is far below half of bfloat16's spacing at 2, 2^-7.
+        updates, exact_state = exact.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), exact_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(lambda m, e: np.testing.assert_allclose(m, e, rtol=1e-6), state.master, expected)
+    jax.tree.map(lambda p, e: np.testing.assert_array_equal(p, e.astype(jnp.bfloat16)), params, state.master)
+    assert all((p < f).any() for p, f in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True))
+
+
+def test_float32_parameters_have_no_master_weights():
+    with pytest.raises(ConfigError, match="optimizer.master_weights=true with precision.parameters='float32'"):
+        check_master_weights(OptimizerConfig(master_weights=True), Precision())
 
 
 @pytest.mark.parametrize(
