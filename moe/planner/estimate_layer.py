@@ -78,6 +78,22 @@ class Layer:
             found += self._gated("shared_expert", model.num_shared_experts * model.d_expert // t)
         return found
 
+    def adapters(self) -> list[Weight]:
+        """Two for each of attention's weights, the first from its inputs to the rank, the second on to its outputs."""
+        lora = self.sizes.job.lora
+        if lora is None:
+            return []
+        return [
+            Weight(f"{weight.name}.{half}", "attention", k, n)
+            for weight in self.weights()
+            if weight.use == "attention"
+            for half, k, n in (("a", weight.k, lora.rank), ("b", lora.rank, weight.n))
+        ]
+
+    @property
+    def trained(self) -> list[Weight]:
+        return self.adapters() or self.weights()
+
     def _gated(self, use: Use, width: int, batch: int = 1) -> list[Weight]:
         D = self.sizes.model.d_model
         return [
@@ -145,7 +161,7 @@ class Layer:
         """
         flags = {"backward": True}
         kernels = self._backward_kernels(flags)
-        pending = [self._sum(weight, sums) for weight in reversed(self.weights())] if sums else []
+        pending = [self._sum(weight, sums) for weight in reversed(self.trained)] if sums else []
         hidden: list[Transfer] = []
         if not self.dense:
             for first, rest in map(self._cut, self._exchanges(flags)):
@@ -179,7 +195,7 @@ class Layer:
         yield s.pass_over("norm", "attention", s.stream * model.d_model * self.how.passes, 3, **flags)
         projections = [
             s.product(weight.name, "attention", s.tokens, weight.n, weight.k, **flags)
-            for weight in self.weights()
+            for weight in [*self.weights(), *self.adapters()]
             if weight.use == "attention" and weight.name != "w_o"
         ]
         yield from self._with_product(self._gather_stream("attention", flags), *projections)
@@ -359,6 +375,7 @@ class Layer:
     def _backward_kernels(self, flags: Flags) -> list[Run]:
         """Two products for each of the forward pass, and about twice its passes over memory."""
         found: list[Run] = []
+        trained = {weight.name for weight in self.trained}
         for event in reversed(list(self.forward())):
             if not isinstance(event, Run):
                 continue
@@ -373,7 +390,9 @@ class Layer:
                 rows = replace(event, name=event.name + "_dx", shape=(batch, m, k, n), **flags)
                 # Each expert's matrix is k x n, contracted over its share of the rows.
                 shape = (batch, batch * k, n, m // batch) if grouped else (batch, k, n, m)
-                found += [rows, replace(event, name=event.name + "_dw", shape=shape, **flags)]
+                found.append(rows)
+                if event.name in trained:
+                    found.append(replace(event, name=event.name + "_dw", shape=shape, **flags))
         return found
 
     def _named(

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
@@ -179,6 +180,23 @@ def test_serving_reads_weights_as_they_are_kept(frozen, bytes_each):
     widened = sum(t * run.bytes for t, run in work.runs() if run.name.startswith("widen"))
     matrices = 8 * (2 * 512 * 8 * 64 + 2 * 512 * 4 * 64 + 512 * 16 + 3 * 17 * 512 * 1024)
     assert widened == pytest.approx(0 if bytes_each == 2 else matrices * (bytes_each + 2))
+
+
+def test_adapters_spare_the_gradients_of_what_is_frozen():
+    whole = estimate_work(job(), 8)
+    lora = estimate_work(job(lora=LoraConfig(rank=16), precision=Precision(frozen="bfloat16")), 8)
+
+    def products(work, backward):
+        kinds = ("matmul", "grouped_matmul")
+        return sum(t * r.flops for t, r in work.runs() if r.kind in kinds and r.backward == backward)
+
+    tokens, D, heads, kv = 64 * 1024, 512, 512, 256
+    adapters = 2 * tokens * 8 * 16 * (2 * (D + heads) + 2 * (D + kv))
+    assert products(lora, False) == pytest.approx(products(whole, False) + adapters)
+    # One product backward instead of two for all that is frozen, and two for an adapter's.
+    assert products(lora, True) == pytest.approx(products(whole, True) / 2 + 2 * adapters)
+    update = sum(run.bytes for _, run in lora.runs() if run.name == "adamw")
+    assert update == pytest.approx(32 * 8 * 16 * (2 * (D + heads) + 2 * (D + kv)))
 
 
 def test_decoding_reads_the_cache_and_every_expert():
