@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
-from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
+from moe.planner.layer_work import Layer, alone, together
 from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
 from parallel.layout import BATCH_AXES

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from moe.planner.exchange_work import RowExchange
 
 from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig, RouterConfig
@@ -11,7 +12,6 @@ from moe.model.precision import FULL, Precision
 from moe.model.presets import TINY
 from moe.planner.chips import H20
 from moe.planner.estimate import estimate_work, idle_share
-from moe.planner.estimate_layer import Layer
 from moe.planner.implementation import OURS
 from moe.planner.job import Job
 from moe.planner.predict import predict
@@ -107,13 +107,13 @@ def test_ragged_rows_are_those_that_go_elsewhere():
 @pytest.mark.parametrize("consecutive", [False, True])
 def test_devices_that_a_token_reaches(consecutive):
     model = replace(MODEL, num_experts=32, router=RouterConfig(top_k=6))
-    layer = Layer(Sizes(job(model=model), 8), replace(OURS, consecutive=consecutive), False, True, True, 0)
+    exchange = RowExchange(Sizes(job(model=model), 8), replace(OURS, consecutive=consecutive), "")
     draw = np.random.default_rng(0)
     tokens = np.arange(3200)[:, None]
     chosen = (6 * tokens + np.arange(6)) % 32 if consecutive else draw.integers(0, 32, (20_000, 6))
     for parts in (2, 8, 32):
         reached = np.mean([len(set(row)) for row in (chosen // (32 // parts)).tolist()])
-        assert layer._reached(parts) == pytest.approx(reached, rel=0.02)
+        assert exchange.reached(parts) == pytest.approx(reached, rel=0.02)
 
 
 def test_weights_are_gathered_for_each_use_and_their_gradients_summed():

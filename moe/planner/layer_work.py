@@ -1,12 +1,12 @@
 """One layer on one device, estimated from the settings: its products, its passes over memory, its transfers."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moe.planner.exchange_work import RowExchange
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import BYTES, Sizes
+from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Run, Start, Transfer, TransferKind, Use, Wait
 
 Flags = dict[str, Any]
@@ -62,6 +62,10 @@ class Layer:
     projects_kv: bool
     ends: bool
     place: int
+
+    @property
+    def exchange(self) -> RowExchange:
+        return RowExchange(self.sizes, self.how, f"{self.place}.exchange")
 
     def weights(self) -> list[Weight]:
         s, model, t = self.sizes, self.sizes.model, self.sizes.tensor
@@ -164,7 +168,7 @@ class Layer:
         pending = [self._sum(weight, sums) for weight in reversed(self.trained)] if sums else []
         hidden: list[Transfer] = []
         if not self.dense:
-            for first, rest in map(self._cut, self._exchanges(flags)):
+            for first, rest in (self.exchange.there(**flags), self.exchange.back(**flags)):
                 yield from alone(first)
                 hidden += rest
         within = self._tensor_transfers(flags)
@@ -256,13 +260,13 @@ class Layer:
         s, model = self.sizes, self.sizes.model
         D, F, passes = model.d_model, s.expert_width, self.how.passes
         buffer = s.buffer if self.how.full_buffers else s.rows
-        moved = self._rows_moved() * D * passes
+        moved = self.exchange.passes() * D * passes
         yield s.pass_over("norm", "router", s.stream * D * passes, 3, **flags)
         yield s.product("w_router", "router", s.stream, model.num_experts, D, format="f32", **flags)
         if s.job.layout.splits_width:
             yield from alone(self._gather_stream("experts", flags))
         yield s.pass_over("dispatch", "exchange", moved, 1, **flags)
-        (send, later_sends), (back, earlier_backs) = (self._cut(each) for each in self._exchanges(flags))
+        (send, later_sends), (back, earlier_backs) = self.exchange.there(**flags), self.exchange.back(**flags)
         yield from alone(send)
         experts = [self._grouped(name, F, D, **flags) for name in ("gate", "up")]
         experts.append(s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags))
@@ -274,74 +278,9 @@ class Layer:
         if s.job.layout.splits_width:
             yield from alone(self._scatter_stream("experts", flags))
 
-    def _rows_moved(self) -> float:
-        """Rows read and written between the residual stream and the experts, one way."""
-        s = self.sizes
-        if not self.how.fuses_rows:
-            return 2 * (s.rows + 2 * (s.buffer if self.how.full_buffers else s.rows))
-        if s.job.execution.exchange == "ragged_hierarchical":
-            return s.routed * (1 + 2 * self._reached(s.expert_devices)) + s.rows
-        return s.routed + s.rows * (1 if s.experts == 1 else 3)
-
     def _grouped(self, name: str, n: int, k: int, **flags: Any) -> Run:
         s = self.sizes
         return s.product(name, "experts", s.rows, n, k, kind="grouped_matmul", batch=s.experts, **flags)
-
-    def _exchanges(self, flags: Flags) -> list[Transfer]:
-        """There and back. The steps of a hierarchical one as one transfer, inside and across at once."""
-        s, name = self.sizes, self.sizes.job.execution.exchange
-        row = float(s.model.d_model * BYTES[s.job.precision.exchange])
-        axes, found = s.job.layout.experts, []
-        for way in ("send", "bring_back"):
-            if name == "padded":
-                one = self._named(way, "exchange", "all-to-all", axes, s.buffer * row, flags)
-            elif name == "ragged":
-                one = self._named(way, "exchange", "ragged-all-to-all", axes, s.rows * row, flags)
-            elif name == "gathered":
-                kind: TransferKind = "all-gather" if way == "send" else "reduce-scatter"
-                one = self._named(way, "exchange", kind, axes, s.expert_devices * s.rows * row, flags)
-            else:
-                one = self._hierarchical(way, row, flags)
-            found.append(one)
-        return found
-
-    def _cut(self, exchange: Transfer) -> tuple[Transfer, list[Transfer]]:
-        """The chunk for which the experts wait, and the others, which travel while they compute."""
-        chunks = self.sizes.job.execution.exchange_chunks
-        if chunks == 1:
-            return exchange, []
-        first, rest = (
-            replace(
-                exchange, name=f"{exchange.name}.{name}", inside=exchange.inside * share, across=exchange.across * share
-            )
-            for name, share in (("first", 1 / chunks), ("rest", 1 - 1 / chunks))
-        )
-        return first, [rest]
-
-    def _hierarchical(self, way: str, row: float, flags: Flags) -> Transfer:
-        s = self.sizes
-        ragged = s.job.execution.exchange == "ragged_hierarchical"
-        kind: TransferKind = "ragged-all-to-all" if ragged else "all-to-all"
-        flat = self._named(way, "exchange", kind, s.job.layout.experts, 1.0, flags)
-        N, near = flat.nodes, flat.devices // flat.nodes
-        limit = s.block // max(1, s.experts)
-        if ragged:
-            nodes, devices = self._reached(N), self._reached(N * near)
-            across, inside = s.routed * nodes * (N - 1) / N, s.routed * devices * (near - 1) / near
-        else:
-            arrived = N * min(s.routed, limit * s.model.num_experts // N)
-            block = min(arrived * s.model.router.top_k, limit * N * s.experts)
-            across, inside = (N - 1) * arrived / N, float((near - 1) * block)
-        return replace(flat, inside=inside * row, across=across * row)
-
-    def _reached(self, parts: int) -> float:
-        """Of `parts` that share out the experts evenly, how many a token's choices fall on, in the mean."""
-        E, K = self.sizes.model.num_experts, self.sizes.model.router.top_k
-        if not self.how.consecutive:
-            return parts * (1 - (1 - 1 / parts) ** K)
-        size = E / parts
-        turns = range(E // math.gcd(E, K))
-        return sum(len({(K * i + k) % E // size for k in range(K)}) for i in turns) / len(turns)
 
     def _tensor_transfers(self, flags: Flags) -> list[Transfer]:
         """Of the backward pass: what was gathered is scattered, and the other way round."""
