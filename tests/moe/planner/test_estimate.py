@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from moe.planner.exchange_work import RowExchange
 
 from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig, RouterConfig
@@ -12,6 +11,7 @@ from moe.model.precision import FULL, Precision
 from moe.model.presets import TINY
 from moe.planner.chips import H20
 from moe.planner.estimate import estimate_work, idle_share
+from moe.planner.exchange_work import RowExchange
 from moe.planner.implementation import OURS
 from moe.planner.job import Job
 from moe.planner.predict import predict
