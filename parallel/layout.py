@@ -169,11 +169,6 @@ class Layout:
         """Inside `jax.shard_map` over `stage` alone: the layout over the other axes."""
         return replace(self, mesh=jax.sharding.get_abstract_mesh())
 
-    @property
-    def is_inner(self) -> bool:
-        """Whether it is a layout inside `jax.shard_map` over other axes, as of `on_each_stage`."""
-        return self.mesh is not None and bool(self.mesh.abstract_mesh.manual_axes)
-
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`jax.shard_map` over all axes, or inside another one over those that it leaves."""
         assert self.mesh is not None, "one device needs no shard_map"

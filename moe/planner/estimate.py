@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
-from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
+from moe.planner.layer_work import Layer, alone, together
 from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
+from parallel.layout import BATCH_AXES
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -134,9 +135,16 @@ class _Step:
         return 4 if self.how.sums_once else self.sizes.compute
 
     def serving(self) -> Iterator[Event]:
+        s = self.sizes
         yield from self._embedding()
         yield from (Loop(repeat, group.forward()) for group, repeat in self.groups())
-        s = self.sizes
+        if self.job.kind == "prefill":
+            # Rows go to whatever slots are free, so each device is sent the keys and values of all.
+            groups = sum(repeat for _, repeat in self.groups())
+            rows = self.job.batch_size * groups * s.length
+            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.compute)
+            for name in "kv":
+                yield from alone(s.transfer(f"cache.{name}", "attention", "all-gather", BATCH_AXES, size))
         yield from alone(self._gather("head", s.compute))
         yield s.product("logits", "head", s.sequences, s.model.vocab_size // s.tensor, s.model.d_model, out=4)
 
@@ -188,7 +196,7 @@ class _Step:
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
-        if self.how.whole_table and self.job.kind == "train":
+        if self.how.whole_table and self.job.kind != "decode":
             table = s.model.vocab_size * s.model.d_model * s.stored
             yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
@@ -209,12 +217,12 @@ class _Step:
                 s.product("logits", "head", m, V, D, out=4),
                 s.pass_over("softmax", "head", m * V * 4 / s.compute, 3.5),
                 # Added to the sum in float32.
-                s.product("dhead", "head", V, D, m, out=8, backward=True),
+                *([] if job.lora else [s.product("dhead", "head", V, D, m, out=8, backward=True)]),
                 s.product("dhidden", "head", m, D, V, backward=True),
             ),
         )
         yield from alone(s.transfer("scatter.hidden", "head", "reduce-scatter", ("tensor",), stream, backward=True))
-        if not self.how.sums_once:
+        if not self.how.sums_once and not job.lora:
             yield from self._sums_of_tables()
 
     def _sums_of_tables(self) -> Iterator[Event]:
@@ -240,33 +248,39 @@ class _Step:
         numbers = s.model.vocab_size // s.tensor * s.model.d_model
         return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
 
-    def parameters(self) -> dict[tuple[str, ...], float]:
-        """Numbers of this device's weights, gathered, by the axes over which they can be shared out."""
+    def trained(self) -> dict[tuple[str, ...], float]:
+        """Numbers of this device's trained weights, gathered, by the axes over which they can be shared out."""
         s = self.sizes
         found = dict.fromkeys((s.fsdp, s.expert_fsdp), 0.0)
-        found[s.fsdp] += s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
+        if not self.job.lora:
+            tables = 1 if s.model.tie_embeddings else 2
+            found[s.fsdp] += tables * s.model.vocab_size // s.tensor * s.model.d_model
         for group, repeat in self.groups():
             for layer in group.layers:
-                for weight in layer.weights():
+                for weight in layer.trained:
                     axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
                     found[axes] += weight.numbers * repeat / self.job.mesh.stage
         return found
 
     def _optimizer(self) -> Iterator[Event]:
-        s = self.sizes
+        s, layout = self.sizes, self.job.layout
         if self.how.sums_once:
             yield from self._sums_of_tables()
-        weights = self.parameters()
+        weights = self.trained()
         own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
-        moments = 2 * own * 4
-        update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
-        if self.job.layout.optimizer_states == "host":
-            yield from alone(Transfer("states.fetched", "optimizer", "to-device", (), 1, 1, moments, 0.0))
-            yield update
-            yield from alone(Transfer("states.returned", "optimizer", "to-host", (), 1, 1, moments, 0.0))
-        else:
-            yield update
-        if self.job.layout.zero < 3 and not self.how.sums_once:
+        if layout.gradients == "host":
+            # There once, and back for their norm and for the update.
+            yield from self._by_host("gradients", "to-host", own * 4)
+            yield from self._by_host("gradients", "to-device", 2 * own * 4)
+        if layout.optimizer_states == "host":
+            yield from self._by_host("states", "to-device", 2 * own * 4)
+        yield Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
+        if layout.optimizer_states == "host":
+            yield from self._by_host("states", "to-host", 2 * own * 4)
+        if layout.zero < 3 and not self.how.sums_once:
             for axes, numbers in weights.items():
                 name = "gather.parameters." + "x".join(axes)
                 yield from alone(s.transfer(name, "optimizer", "all-gather", axes, numbers * s.stored))
+
+    def _by_host(self, what: str, kind: TransferKind, size: float) -> tuple[Event, ...]:
+        return alone(Transfer(f"{what}.{kind}", "optimizer", kind, (), 1, 1, size, 0.0))

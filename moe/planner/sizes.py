@@ -121,17 +121,22 @@ class Sizes:
         return SHORT[self.job.precision.compute]
 
     @property
+    def has_frozen(self) -> bool:
+        """Whether nothing trains the model's own weights: it serves, or lies beneath adapters."""
+        return self.job.kind != "train" or self.job.lora is not None
+
+    @property
     def stored(self) -> float:
         """Bytes of a parameter of the embedding, the head or a router at rest."""
         policy = self.job.precision
-        as_trained = self.job.kind == "train" or policy.quantized or policy.frozen is None
+        as_trained = not self.has_frozen or policy.quantized or policy.frozen is None
         return BYTES[policy.parameters if as_trained else str(policy.frozen)]
 
     @property
     def matrices(self) -> float:
         """Bytes of a parameter of all other matrices at rest."""
         policy = self.job.precision
-        return BYTES[policy.quantized] if self.job.kind != "train" and policy.quantized else self.stored
+        return BYTES[policy.quantized] if self.has_frozen and policy.quantized else self.stored
 
     @property
     def travels(self) -> float:

@@ -11,7 +11,7 @@ from moe.planner.compile import compile_job
 from moe.planner.count import count
 from moe.planner.estimate import estimate_work
 from moe.planner.job import Job
-from moe.planner.sizes import Sizes
+from moe.planner.routing import routed_rows
 from parallel.layout import LayoutConfig
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
@@ -51,7 +51,7 @@ def over_links(work):
 def test_an_estimate_is_close_to_the_compiled_program(name, tmp_path):
     job = JOBS[name]
     compiled = compile_job(job, H20, Cluster(nodes=job.mesh.num_devices // 8), cache=tmp_path)
-    counted = count(compiled.program(), job.mesh, 8, routed_rows=Sizes(job, 8).rows)
+    counted = count(compiled.program(), job.mesh, 8, routed_rows=routed_rows(job))
     estimated = estimate_work(job, 8)
     assert estimated.flops == pytest.approx(counted.flops, rel=0.03)
     inside, across = over_links(estimated)
