@@ -33,8 +33,11 @@ def test_a_trained_models_logits_stay_close(run, weights, limit):
     assert limit / 50 < found < limit
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=2, expert=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "mesh"),
+    [("int4", MeshConfig(data=2, expert=4)), ("int8", MeshConfig(data=2, expert=2, tensor=2))],
+    ids=str,
+)
 def test_a_mesh_gives_the_same_tokens_and_logits(checkpoint, weights, mesh):
     alone = HunyuanMoE.from_hf(checkpoint, weights=weights)
     spread = HunyuanMoE.from_hf(checkpoint, weights=weights, mesh=mesh)

@@ -65,7 +65,7 @@ def copied(tree):
     return jax.tree.map(lambda x: np.array(x), tree)
 
 
-@pytest.mark.parametrize("frozen", [None, "int4"])
+@pytest.mark.parametrize("frozen", [pytest.param(None, marks=pytest.mark.slow), "int4"])
 def test_adapters_alone_learn(frozen):
     blueprint = blueprint_of(frozen=frozen)
     state = blueprint.create_state(seed=0)
@@ -91,14 +91,17 @@ def gradients(mesh, frozen):
 
 @pytest.mark.parametrize(
     ("mesh", "frozen"),
-    [(MeshConfig(data=2, expert=4), None), (MeshConfig(data=2, expert=2, tensor=2), "int8")],
+    [
+        pytest.param(MeshConfig(data=2, expert=4), None, marks=pytest.mark.slow),
+        (MeshConfig(data=2, expert=2, tensor=2), "int8"),
+    ],
     ids=str,
 )
 def test_eight_devices_give_the_gradients_of_one(mesh, frozen):
     assert_trees_equal_to_scale(gradients(mesh, frozen), gradients(None, frozen))
 
 
-@pytest.mark.parametrize("frozen", [None, "int8"])
+@pytest.mark.parametrize("frozen", [pytest.param(None, marks=pytest.mark.slow), "int8"])
 def test_merging_changes_nothing_but_rounding(frozen):
     blueprint = blueprint_of(frozen=frozen)
     state = adapted(blueprint.create_state(seed=0))
