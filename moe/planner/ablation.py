@@ -95,11 +95,11 @@ def draw_levers(tables: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def _verdict(tables: Mapping[str, Sequence[Row]]) -> str:
-    """For each chip the lever whose absence costs most, and how many levers the recipe cannot do without."""
+    """For each chip the lever whose absence costs most, and how many it needs to fit."""
     told = []
     for chip, rows in tables.items():
         off = [row for row in rows[1:] if row.variant is not None and row.variant.turned == "off"]
-        needed = sum(row.plan is None or not row.plan.fits for row in off)
+        needed = sum(row.plan is not None and not row.plan.fits for row in off)
         costs = {row.variant.lever: cost for row in off if row.variant and (cost := _cost(row, rows[0])) is not None}
         dearest = max(costs, key=lambda lever: costs[lever], default=None)
         most = f"without {dearest} a token costs {times(costs[dearest])}; " if dearest else ""
