@@ -13,8 +13,8 @@ from moe.serve.engine import Weights
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.vocabulary import open_vocabulary
 from moe.train.data import Data
-from moe.train.lora import merged
 from moe.train.loop import Outcome
+from moe.train.lora import merged
 from moe.train.metrics import Record, read_metrics
 from moe.train.pictures import save_pictures
 from moe.train.run_folder import RunFolder, write_atomically

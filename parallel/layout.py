@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from parallel.gather import join_leading
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
@@ -178,8 +178,7 @@ class Layout:
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names=set(self._present(self.mesh.shape)),
-            # What a device does with its rows depends on it in ways the checker cannot follow; the equality tests
-            # stand in for it.
+            # The checker cannot follow what a device does with its rows; the equality tests stand in for it.
             check_vma=False,
         )
 
@@ -217,11 +216,9 @@ class Layout:
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
     def divided(self, axes: str, shape: tuple[int, ...]) -> str:
-        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
-        that do not divide as the weight's do."""
-        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
-        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
-        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+        """`axes` for an array of another shape, with "_", which stays whole, where that does not divide."""
+        parts = [self._size(split or ()) for split in self.sharded_spec(axes, shape[0])]
+        return "".join("_" if size % n else letter for letter, size, n in zip(axes, shape, parts, strict=True))
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
@@ -270,23 +267,13 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+        stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
         # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
-        return self._constrain(self._constrain(weight, self.stored_spec(axes)), self.used_spec(axes))
-
-    def gather_as_stored(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used, in the format that it is stored in. As `gather`, but in parts that are laid side by side
-        after they have come: where nothing is computed between memory and wire, XLA for GPUs would else transpose whole
-        stacks of layers before their loop, so that the axis it gathers comes first."""
-        stored, used = self.stored_spec(axes), self.used_spec(axes)
-        if stored == used or self.mesh is None:
-            return self._constrain(weight, used)
-        at = axes.index("D")
-
-        def side_by_side(part: jax.Array) -> jax.Array:
-            parts = jnp.moveaxis(jax.lax.all_gather(part, stored[at]), 0, at)
-            return parts.reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
-
-        return self.shard_map(side_by_side, stored, used)(weight)
+        weight = self._constrain(weight, stored)
+        names = stored[place] if place > 0 else None
+        if names is not None:
+            weight = join_leading(weight, place, self._size(names), names, used, self._constrain)
+        return self._constrain(weight, used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
@@ -310,9 +297,11 @@ class Layout:
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
         fsdp = self._present(FSDP_AXES)
-        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
-            gradient = jax.lax.psum(gradient, copies)
-        return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
+        if fsdp:
+            gradient = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True)
+        # The copies then sum their own parts alone.
+        copies = tuple(axis for axis in self._token_axes if axis not in fsdp)
+        return jax.lax.psum(gradient, copies) if copies else gradient
 
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
@@ -381,6 +370,7 @@ class Layout:
         return tuple(axis for axis in axes if axis in self.mesh.shape and axis not in outer)
 
     def _size(self, axes: Iterable[str]) -> int:
+        axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1
 
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -390,7 +380,7 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = _names(names)
+            names = (names,) if isinstance(names, str) else names or ()
             parts = self._size(names)
             if size % parts:
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
@@ -399,11 +389,6 @@ class Layout:
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
-
-
-def _names(split: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:

@@ -1,8 +1,8 @@
 """Low-rank adapters beside weights that stay as they are (LoRA, arXiv 2106.09685).
 
-J is the rank: an adapter adds alpha / J · B(A(dropout(x))) to a product, where A maps the inputs to J numbers and B these
-to the outputs. A is drawn as PEFT draws it, uniformly up to the inverse root of the inputs; B begins at zero, and so the
-adapted model as the one it was.
+J is the rank: an adapter adds alpha / J · B(A(dropout(x))) to a product, where A maps the inputs to J numbers and B
+these to the outputs. A is drawn as PEFT draws it, uniformly up to the inverse root of the inputs; B begins at zero, and
+so the adapted model as the one it was.
 """
 
 import math
@@ -24,8 +24,8 @@ class LoraConfig:
     """Of adapters for attention's q, k, v and o projections. The defaults are the release's (Tencent-Hunyuan-Large,
     train/README.md).
 
-    rank: J. alpha: the adapters' share, as alpha / rank. dropout: share of the inputs that an adapter does not see while
-        it is trained.
+    rank: J. alpha: the adapters' share, as alpha / rank. dropout: share of the inputs that an adapter does not see
+        while it is trained.
     """
 
     rank: int = 64

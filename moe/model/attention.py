@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         if config.qk_norm != "none":
             self.q_norm_H = norm_scale("H", H, precision)
             self.k_norm_H = norm_scale("H", H, precision)
-        self.adapters = nnx.Dict()
+        self.adapters: nnx.Dict = nnx.Dict()
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the projections."""
@@ -130,8 +130,19 @@ class Attention(nnx.Module):
         if kv.cache is not None and q_BTNH.shape[1] == kv.k_BSMH.shape[1]:
             # They fill the cache, so each stands at its own place, and no mask is needed.
             slots_BT = None
+        q_BSNH = layout.constrain(q_BTNH, "BSNH")
+        if kv.cache is None and layout.mesh is not None and layout.mesh.abstract_mesh.manual_axes:
+            # Inside a pipeline's shard_map cuDNN's call cannot be partitioned: each device is given its own part.
+            heads, keys, tokens = (layout.activation_spec(axes) for axes in ("BSNH", "BSMH", "BS"))
+
+            def attend(q_BSNH, k_BSMH, v_BSMH, segments_BS):
+                segments = {"segments_BT": segments_BS, "segments_BS": segments_BS}
+                return attention(q_BSNH, k_BSMH, v_BSMH, **segments, backend=self.backend)
+
+            on_each_device = layout.shard_map(attend, (heads, keys, keys, tokens), heads)
+            return on_each_device(q_BSNH, kv.k_BSMH, kv.v_BSMH, segments_BT)
         return attention(
-            layout.constrain(q_BTNH, "BSNH"),
+            q_BSNH,
             kv.k_BSMH,
             kv.v_BSMH,
             query_positions_BT=slots_BT,

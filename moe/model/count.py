@@ -41,8 +41,8 @@ def train_flops_per_token(
     attention 12 · L · N · H · T / 2, as PaLM counts them (arXiv 2204.02311, appendix B), halved for causality.
 
     Args:
-        frozen: whether the parameters have no gradients, which saves a third of their FLOPs; adapters beside them are not
-            counted.
+        frozen: whether the parameters have no gradients, which saves a third of their FLOPs; adapters beside them are
+            not counted.
     """
     sizes = _by_kind(specs)
     lookup = sizes["embedding"] if not config.tie_embeddings else 0

@@ -70,13 +70,13 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
-        return dequantize(placed(weight, axes, layout, layout.gather_as_stored), dtype)
+        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
     return layout.gather(weight.astype(dtype), axes)
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:
-    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along an
-    axis on which there are too few of them to be shared out."""
+    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along
+    an axis on which there are too few of them to be shared out."""
     if not isinstance(weight, QuantizedWeight):
         return place(weight, axes)
     scales = place(weight.scales, layout.divided(axes, weight.scales.shape))

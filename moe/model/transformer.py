@@ -197,7 +197,8 @@ class GroupScan(NamedTuple):
         cache: KVCache | None,
         landing: dict[str, Any] | None = None,
     ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
-        graph, weights, others = nnx.split(stack, nnx.Param, ...)
+        parts: Any = nnx.split(stack, nnx.Param, ...)
+        graph, weights, others = parts
 
         def group(carry, of_group):
             x_BTD, cache = carry

@@ -281,7 +281,7 @@ def _argument_part(path: str) -> Part:
     path = path.removeprefix("state.")
     if path.startswith("opt_state"):
         return "optimizer_states"
-    if path.startswith(("params", "balance")):
+    if path.startswith(("params", "balance", "frozen")):
         return "parameters"
     return "cache" if path.startswith("cache") else "batch"
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
-from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
+from moe.planner.layer_work import Layer, alone, together
 from moe.planner.sizes import Sizes
-from moe.planner.work import Event, Loop, Run, Transfer, TransferKind, Use, Work
+from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
+from parallel.layout import BATCH_AXES
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -52,9 +53,11 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        if self.layers[0].how.prefetches:
-            return together(gathers, kernels)
-        return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
+        # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
+        late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
+        early = (event for gather in gathers if gather not in late for event in alone(gather))
+        widened = (run for layer in self.layers for run in layer.widened(backward=recomputed))
+        return (*widened, *early, *together(late, kernels))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""
@@ -75,9 +78,16 @@ class Group:
         again = self.forward(recomputed=True)
         if remat == "full":
             return again + tuple(layers)
-        # What is kept are the products with weights outside the experts.
-        again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
+        again = tuple(event for event in again if not _kept(event))
         return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
+
+
+def _kept(event: Event) -> bool:
+    """Whether it makes what `remat` "matmuls" keeps: outputs of products with weights outside the experts."""
+    if isinstance(event, Run):
+        return event.kind == "matmul"
+    name = event.transfer.name if isinstance(event, Start) else event.name if isinstance(event, Wait) else ""
+    return "scatter_stream" in name and "experts" not in name
 
 
 @dataclass(frozen=True)
@@ -125,9 +135,16 @@ class _Step:
         return 4 if self.how.sums_once else self.sizes.compute
 
     def serving(self) -> Iterator[Event]:
+        s = self.sizes
         yield from self._embedding()
         yield from (Loop(repeat, group.forward()) for group, repeat in self.groups())
-        s = self.sizes
+        if self.job.kind == "prefill":
+            # Rows go to whatever slots are free, so each device is sent the keys and values of all.
+            groups = sum(repeat for _, repeat in self.groups())
+            rows = self.job.batch_size * groups * s.length
+            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.compute)
+            for name in "kv":
+                yield from alone(s.transfer(f"cache.{name}", "attention", "all-gather", BATCH_AXES, size))
         yield from alone(self._gather("head", s.compute))
         yield s.product("logits", "head", s.sequences, s.model.vocab_size // s.tensor, s.model.d_model, out=4)
 
@@ -179,6 +196,9 @@ class _Step:
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
+        if self.how.whole_table and self.job.kind != "decode":
+            table = s.model.vocab_size * s.model.d_model * s.stored
+            yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
 
     def _head(self) -> Iterator[Event]:
@@ -188,18 +208,21 @@ class _Step:
         length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
         chunk = min(job.loss_chunk, length)
         m = s.sequences * chunk
+        stream = float(s.sequences * length * D * s.compute)
         yield from alone(self._gather("head", s.compute))
+        yield from alone(s.transfer("gather.hidden", "head", "all-gather", ("tensor",), stream))
         yield Loop(
             math.ceil(length / chunk),
             (
                 s.product("logits", "head", m, V, D, out=4),
                 s.pass_over("softmax", "head", m * V * 4 / s.compute, 3.5),
                 # Added to the sum in float32.
-                s.product("dhead", "head", V, D, m, out=8, backward=True),
+                *([] if job.lora else [s.product("dhead", "head", V, D, m, out=8, backward=True)]),
                 s.product("dhidden", "head", m, D, V, backward=True),
             ),
         )
-        if not self.how.sums_once:
+        yield from alone(s.transfer("scatter.hidden", "head", "reduce-scatter", ("tensor",), stream, backward=True))
+        if not self.how.sums_once and not job.lora:
             yield from self._sums_of_tables()
 
     def _sums_of_tables(self) -> Iterator[Event]:
@@ -209,41 +232,55 @@ class _Step:
         copies = tuple(axis for axis in s.token_axes if axis not in s.fsdp)
         kind: TransferKind = "reduce-scatter" if self.job.layout.zero >= 2 else "all-reduce"
         for name in ("embedding", "head"):
+            if name == "embedding" and s.tensor > 1 and self.how.whole_table:
+                axes = (*s.token_axes, "tensor")
+                whole = s.transfer("sum.embedding", name, "all-reduce", axes, s.tensor * size, backward=True)
+                yield from alone(whole)
+                continue
             shares = s.over(*s.fsdp) if name == "embedding" and self.job.layout.zero >= 2 else 1
             yield from alone(s.transfer(f"sum.{name}", "optimizer", kind, s.fsdp, size, backward=True))
             copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)
             yield from alone(copied)
 
-    def _gather(self, use: Use, size: int) -> Transfer:
+    def _gather(self, use: Use, size: float) -> Transfer:
         s = self.sizes
         axes = s.fsdp if self.job.layout.zero == 3 else ()
         numbers = s.model.vocab_size // s.tensor * s.model.d_model
         return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
 
-    def parameters(self) -> float:
-        """Numbers that this device keeps where optimizer states are shared out as finely as they are."""
+    def trained(self) -> dict[tuple[str, ...], float]:
+        """Numbers of this device's trained weights, gathered, by the axes over which they can be shared out."""
         s = self.sizes
-        tables = s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
-        numbers = tables / s.over(*s.fsdp)
+        found = dict.fromkeys((s.fsdp, s.expert_fsdp), 0.0)
+        if not self.job.lora:
+            tables = 1 if s.model.tie_embeddings else 2
+            found[s.fsdp] += tables * s.model.vocab_size // s.tensor * s.model.d_model
         for group, repeat in self.groups():
             for layer in group.layers:
-                for weight in layer.weights():
-                    shares = s.over(*(s.expert_fsdp if weight.use == "experts" else s.fsdp))
-                    numbers += weight.numbers * repeat / shares / self.job.mesh.stage
-        return numbers
+                for weight in layer.trained:
+                    axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+                    found[axes] += weight.numbers * repeat / self.job.mesh.stage
+        return found
 
     def _optimizer(self) -> Iterator[Event]:
-        own = self.parameters()
+        s, layout = self.sizes, self.job.layout
         if self.how.sums_once:
             yield from self._sums_of_tables()
-        moments = 2 * own * 4
-        offloaded = self.job.layout.optimizer_states == "host"
-        update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
-        if offloaded:
-            yield from alone(Transfer("states.in", "optimizer", "to-device", (), 1, 1, moments, 0.0))
-        yield update
-        if offloaded:
-            yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
-        if self.job.layout.zero < 3 and not self.how.sums_once:
-            size = own * self.sizes.over(*self.sizes.fsdp) * self.sizes.stored
-            yield from alone(self.sizes.transfer("gather.parameters", "optimizer", "all-gather", self.sizes.fsdp, size))
+        weights = self.trained()
+        own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
+        if layout.gradients == "host":
+            # There once, and back for their norm and for the update.
+            yield from self._by_host("gradients", "to-host", own * 4)
+            yield from self._by_host("gradients", "to-device", 2 * own * 4)
+        if layout.optimizer_states == "host":
+            yield from self._by_host("states", "to-device", 2 * own * 4)
+        yield Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
+        if layout.optimizer_states == "host":
+            yield from self._by_host("states", "to-host", 2 * own * 4)
+        if layout.zero < 3 and not self.how.sums_once:
+            for axes, numbers in weights.items():
+                name = "gather.parameters." + "x".join(axes)
+                yield from alone(s.transfer(name, "optimizer", "all-gather", axes, numbers * s.stored))
+
+    def _by_host(self, what: str, kind: TransferKind, size: float) -> tuple[Event, ...]:
+        return alone(Transfer(f"{what}.{kind}", "optimizer", kind, (), 1, 1, size, 0.0))

@@ -10,7 +10,6 @@ class Implementation:
     prefetches: whether a layer's weights are gathered, and the gradients of the layer after summed, while a layer
         computes.
     hides_tensor: whether what `tensor` exchanges travels while the product beside it computes, but for the experts'.
-    gathers_stored: whether the backward pass gathers weights in the stored format instead of the compute format.
     scatters: whether gradients are summed by a reduce-scatter whatever the layout. Ours are where each device keeps a
         part of them and no other devices keep copies; else XLA sums all of them on all devices.
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
@@ -19,6 +18,8 @@ class Implementation:
     lockstep: whether a pipeline is ours (parallel/pipeline.py): the backward pass begins with the stage's forward pass,
         and layers outside the longest run of equal ones are computed by all stages in every tick.
     deals_head: whether all stages of a pipeline share the head's work, instead of the last having all of it.
+    whole_table: whether tokens are looked up in the whole embedding, which `tensor` splits, and its gradient is summed
+        whole.
     full_buffers: whether the kernels between exchange and experts work on buffers for the most rows that could come.
     fuses_rows: whether rows are put in order by one kernel before they travel, and by one after it where a device has
         several experts; a hierarchical exchange then carries a token once to each device that it goes to. Ours are
@@ -33,12 +34,12 @@ class Implementation:
 
     prefetches: bool = False
     hides_tensor: bool = False
-    gathers_stored: bool = True
     scatters: bool = False
     sums_once: bool = False
     hides_stages: bool = False
     lockstep: bool = True
     deals_head: bool = True
+    whole_table: bool = True
     full_buffers: bool = True
     fuses_rows: bool = False
     gate_passes: float = 5.0

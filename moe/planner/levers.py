@@ -1,5 +1,6 @@
 """The levers that let a model train on what is at hand, each as what changes when it alone is turned."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -106,15 +107,14 @@ def _axis(name: str, axis: str, size: Callable[[Job, Cluster], int]) -> "Lever":
 
 def _moved(job: Job, axis: str, size: int) -> MeshConfig:
     """The mesh with `size` devices along `axis`. `data` gives or takes the difference, as far as the model's width
-    divides, and `replica` the rest."""
-    sizes = dict(job.mesh.sizes)
-    free = sizes["replica"] * sizes["data"] * sizes[axis] // size
-    sizes |= {axis: size, "data": 1, "replica": 1}
-    others = 1
-    for each in FSDP_AXES:
-        others *= sizes[each] if each != "stage" else 1
-    data = max(d for d in range(1, free + 1) if free % d == 0 and (d == 1 or job.model.d_model % (d * others) == 0))
-    data = min(data, max(job.mesh.data, free // job.mesh.replica))
+    divides over all that shares out parameters, and `replica` the rest."""
+    mesh = job.mesh
+    free = mesh.replica * mesh.data * mesh.sizes[axis] // size
+    sizes = mesh.sizes | {axis: size, "data": 1, "replica": 1}
+    others = math.prod(sizes[each] for each in FSDP_AXES)
+    most = max(mesh.data, free // mesh.replica)
+    fitting = (n for n in range(1, most + 1) if free % n == 0 and job.model.d_model % (n * others) == 0)
+    data = max(fitting, default=1)
     return MeshConfig(**(sizes | {"data": data, "replica": free // data}))
 
 

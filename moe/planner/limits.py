@@ -24,9 +24,9 @@ class Point:
 
 
 def with_tpp(chip: Chip, tpp: float) -> Chip:
-    """`chip` with all arithmetic scaled to this total processing performance."""
+    """`chip` with all arithmetic scaled to this total processing performance, and its watts with it."""
     factor = tpp / chip.tpp
-    rates = {name: factor * getattr(chip, name) for name in ("bf16", "fp16", "fp8", "int8", "tf32", "fp32")}
+    rates = {name: factor * getattr(chip, name) for name in ("bf16", "fp16", "fp8", "int8", "tf32", "fp32", "watts")}
     return replace(chip, name=f"{chip.name} of TPP {tpp:,.0f}", **rates)
 
 

@@ -54,7 +54,7 @@ def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
 
 def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
-    weights = Weights.abstract(job.model, job.precision, layout)
+    weights = Weights.abstract(job.model, job.precision, layout, job.execution)
     make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype, layout)
     where = layout.activation("BGSMH")
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))

@@ -139,6 +139,9 @@ def _memory(plan: Plan) -> Section:
 
 
 def _buffers(plan: Plan) -> Section:
+    title = "Largest buffers at the peak"
+    if not plan.memory.largest:
+        return Section(title, notes=("Known of compiled programs only.",))
     alike: dict[tuple[str, ...], list[Buffer]] = {}
     for each in plan.memory.largest:
         alike.setdefault((named(each.part), each.shape.partition("{")[0], each.source or "–"), []).append(each)
@@ -147,7 +150,7 @@ def _buffers(plan: Plan) -> Section:
         for key, group in list(alike.items())[:BUFFERS]
     ]
     columns = ("part", "shape", "source", "made by, or argument", "how many", "bytes of each")
-    return Section("Largest buffers at the peak", table(columns, rows, words=4))
+    return Section(title, table(columns, rows, words=4))
 
 
 def _readable(name: str) -> str:
@@ -276,6 +279,8 @@ def assumptions(plan: Plan) -> Iterable[str]:
         "MFU: the model's FLOPs, without recomputation, of the chip's dense "
         f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {plan.peak / 1e12:g} TFLOP/s."
     )
+    if plan.job.precision.compute == "bfloat16" and not plan.chip.bf16:
+        yield "The chip has no bfloat16: XLA computes these products in float32, from copies in that format."
     if plan.cluster.nodes > 1 and not plan.cluster.gpudirect:
         yield "No GPUDirect RDMA: what goes across nodes is staged through the host's memory, and modelled so."
     yield f"Figures of the chip: {'; '.join(plan.chip.sources)}."

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
+from moe.model.precision import Precision
 from moe.planner.chips import H100, Chip
 from moe.planner.implementation import Implementation
 from moe.planner.job import Job
@@ -38,8 +39,8 @@ WINDOWED_SCORES = 0.5 * (1 + (128 * 129 / 2 + (4096 - 128) * 128) / (4096 * 4097
 """GPT-OSS: every other layer sees the last 128 of 4096 tokens."""
 
 MEGATRON = Implementation(
-    prefetches=True, hides_tensor=True, gathers_stored=False, scatters=True, sums_once=True,
-    hides_stages=True, lockstep=False, deals_head=False, full_buffers=False, fuses_rows=True, gate_passes=3,
+    prefetches=True, hides_tensor=True, scatters=True, sums_once=True, hides_stages=True, lockstep=False,
+    deals_head=False, whole_table=False, full_buffers=False, fuses_rows=True, gate_passes=3,
 )  # fmt: skip
 """Megatron-Core: distributed optimizer; its gathers and sums, and what interleaved stages hand on, beside the
 computation; the head on the last stage; fused permutation (megatron/core/transformer/moe/README.md)."""
@@ -102,7 +103,8 @@ class Row:
 
 def _job(model: ModelConfig, batch: int, mesh: MeshConfig, microbatches: int, **more: Any) -> Job:
     execution = Execution(exchange=more.pop("exchange", "ragged"), remat=more.pop("remat", "none"))
-    return Job("train", model, batch, 4096, execution=execution, mesh=mesh, microbatches=microbatches, **more)
+    precision = Precision(parameters="bfloat16")
+    return Job("train", model, batch, 4096, precision, execution, mesh=mesh, microbatches=microbatches, **more)
 
 
 FLEX = 0.55

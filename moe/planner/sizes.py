@@ -11,13 +11,17 @@ import numpy as np
 
 from moe.model.config import ModelConfig
 from moe.model.router import capacity
+from moe.ops.quantize import GROUPS
 from moe.planner.job import Job
 from moe.planner.transfers import sent
 from moe.planner.work import Run, RunKind, Transfer, TransferKind, Use
 from parallel.layout import BATCH_AXES, FSDP_AXES
 from parallel.mesh import MeshConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES: dict[str, float] = {
+    "float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / GROUPS["int4"], "nf4": 0.5 + 2 / GROUPS["nf4"],
+}  # fmt: skip
+"""Of a number at rest, with its share of the scales where a group has one (moe/ops/quantize.py)."""
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -110,16 +114,34 @@ class Sizes:
     @property
     def compute(self) -> int:
         """Bytes of a number in the compute format."""
-        return BYTES[self.job.precision.compute]
+        return int(BYTES[self.job.precision.compute])
 
     @property
     def format(self) -> str:
         return SHORT[self.job.precision.compute]
 
     @property
-    def stored(self) -> int:
-        """Bytes of a parameter at rest."""
-        return BYTES[self.job.precision.parameters]
+    def has_frozen(self) -> bool:
+        """Whether nothing trains the model's own weights: it serves, or lies beneath adapters."""
+        return self.job.kind != "train" or self.job.lora is not None
+
+    @property
+    def stored(self) -> float:
+        """Bytes of a parameter of the embedding, the head or a router at rest."""
+        policy = self.job.precision
+        as_trained = not self.has_frozen or policy.quantized or policy.frozen is None
+        return BYTES[policy.parameters if as_trained else str(policy.frozen)]
+
+    @property
+    def matrices(self) -> float:
+        """Bytes of a parameter of all other matrices at rest."""
+        policy = self.job.precision
+        return BYTES[policy.quantized] if self.has_frozen and policy.quantized else self.stored
+
+    @property
+    def travels(self) -> float:
+        """Bytes of a number of a matrix when it is gathered: cast before, or if it is quantized widened after."""
+        return min(self.matrices, self.compute) if self.job.precision.quantized else self.compute
 
     @property
     def fsdp(self) -> tuple[str, ...]:

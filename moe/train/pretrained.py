@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import ModelFolder, is_model_folder
@@ -22,6 +23,7 @@ from moe.model.pieces import Piece, Source, load, pieces
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.quantize import Quantized
+from moe.train.lora import merged
 from moe.train.trained import TrainedModel
 from parallel.layout import Layout
 
@@ -70,9 +72,28 @@ def open_pretrained(folder: Path) -> Pretrained:
     if _is_run(folder):
         trained = TrainedModel(folder)
         dtype = jnp.dtype(trained.precision.parameters)
-        return Pretrained(folder, trained.config, dtype, {}, trained.restore)
+        if trained.lora is None:
+            return Pretrained(folder, trained.config, dtype, {}, trained.restore)
+        return _adapted(trained, trained.lora)
     checkpoint = HfCheckpoint(folder)
     return _from_source(folder, checkpoint, checkpoint.config, checkpoint.settings)
+
+
+def _adapted(trained: TrainedModel, lora: LoraConfig) -> Pretrained:
+    """The model in which a run trained adapters, with these merged."""
+    if trained.init_from is None:
+        raise ConfigError(
+            f"{trained.folder}: trained adapters for weights that were drawn at random and are not kept; "
+            "train with init_from=FOLDER"
+        )
+    base = open_pretrained(Path(trained.init_from))
+
+    def load_merged(layout: Layout, dtype: DTypeLike | None, format: Quantized | None) -> Any:
+        params, _ = base.load(layout, dtype, format)
+        adapters, balance = trained.restore(layout)
+        return merged(adapters, params, lora), balance
+
+    return Pretrained(trained.folder, base.config, base.dtype, base.settings, load_merged)
 
 
 def _is_run(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
 from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.parts import first_states
 from parallel.layout import Layout
 
 
@@ -34,7 +35,7 @@ class TrainState(NamedTuple):
     params: dict[str, Any]
     balance: dict[str, Any]
     opt_state: optax.OptState
-    frozen: dict[str, Any] = {}
+    frozen: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,15 @@ class Blueprint:
 
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
-        model = _fresh_model(self.config, self.precision, self.execution, self.lora, key)
+        model = fresh_model(self.config, self.precision, self.execution, self.lora, key)
         kinds = (trained(self.lora), SelectionBias, frozen(self.lora))
         params, balance, base = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
-        return TrainState(jnp.zeros((), jnp.int32), params, balance, self.optimizer.init(params), base)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base)
+
+    def _first_states(self, params: dict[str, Any]) -> optax.OptState:
+        if self.layout.config.optimizer_states == "host":
+            return first_states(self.optimizer, self.specs, params)
+        return self.optimizer.init(params)
 
     def by_axes(self, place: Callable[[jax.Array, str], jax.Array], tree: dict[str, Any]) -> dict[str, Any]:
         """`place` of each array of a tree like the parameters, with the letters of its axes."""
@@ -99,12 +105,6 @@ class Blueprint:
         base = stored(abstract.frozen, self.frozen_specs, self.layout)
         return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state, base)
 
-    def fetched(self, opt_state: optax.OptState) -> optax.OptState:
-        """Inside `jax.jit`: the optimizer's states on the devices, wherever they waited."""
-        if self.layout.config.optimizer_states == "device":
-            return opt_state
-        return jax.device_put(opt_state, jax.memory.Space.Device)
-
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
@@ -128,7 +128,7 @@ class Blueprint:
             fresh = self.new_state(run_key(seed, Purpose.INITIALIZE))
             if self.lora is not None:
                 return fresh._replace(frozen=params)
-            return fresh._replace(params=params, opt_state=self.optimizer.init(params))
+            return fresh._replace(params=params, opt_state=self._first_states(params))
 
         return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
 
@@ -150,7 +150,7 @@ def make_blueprint(
     """
     check_master_weights(optimizer, precision)
     check_frozen(precision, lora, layout.stages)
-    model = nnx.eval_shape(lambda: _fresh_model(config, precision, execution, lora, jax.random.key(0)))
+    model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)
     return Blueprint(
@@ -167,9 +167,10 @@ def make_blueprint(
     )
 
 
-def _fresh_model(
+def fresh_model(
     config: ModelConfig, precision: Precision, execution: Execution, lora: LoraConfig | None, key: jax.Array
 ) -> Transformer:
+    """A model of first values, with adapters where asked."""
     model = Transformer(config, precision, execution, rngs=nnx.Rngs(params=key))
     if lora is not None:
         model.adapt(lora, rngs=nnx.Rngs(params=jax.random.fold_in(key, int(Purpose.ADAPTERS))))

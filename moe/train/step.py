@@ -15,6 +15,7 @@ from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
 from moe.train.optimizer import global_norm
+from moe.train.parts import fetched
 from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
 from moe.train.streamed import check_landing, landed_gradients, streamed_norm, streamed_update, streams
@@ -140,7 +141,7 @@ def make_train_step(
                 grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
                 norm = global_norm(grads)
                 update = optax.with_extra_args_support(blueprint.optimizer).update
-                updates, opt_state = update(grads, blueprint.fetched(state.opt_state), params, norm=norm)
+                updates, opt_state = update(grads, fetched(state.opt_state), params, norm=norm)
                 params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),

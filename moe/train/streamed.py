@@ -3,9 +3,6 @@ one layer at a time.
 
 Of each stack of layers a loop fetches one group's gradients and optimizer states, updates them together with the
 group's parameters, and writes all back in place. What is not stacked is updated at once.
-
-Gradients, optimizer states and parameters are walked alike: trees like the parameters' are the only dicts in any of
-them, and what else a state holds, such as a count of steps, belongs to all parts and is taken over once.
 """
 
 from collections.abc import Callable
@@ -19,11 +16,20 @@ import optax
 from moe.model.config import ConfigError
 from moe.model.parameter import ParameterSpec, is_spec
 from moe.train.optimizer import global_norm
+from moe.train.parts import (
+    STACKS,
+    among_masked,
+    fetched,
+    in_trees,
+    joined,
+    layer_of,
+    part_of,
+    repeat_of,
+    to_host,
+    with_layer,
+)
 from moe.train.state import Blueprint
 from parallel.layout import LayoutConfig
-
-_STACKS = "stacks"
-"""Of a tree like the parameters', the stacks of layers by number."""
 
 
 def streams(layout: LayoutConfig, stages: int) -> bool:
@@ -53,31 +59,31 @@ def landed_gradients(
         objective: of the parameters, of what the stacks' gradients land in, and of `given`.
     """
     accumulated = jnp.dtype(blueprint.precision.gradients)
-    stacks = params[_STACKS]
+    stacks = params[STACKS]
     landing = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), stacks)
 
     def of(rest: dict[str, Any], landing: dict[int, Any]) -> Any:
-        return objective(rest | {_STACKS: stacks}, landing, *given)
+        return objective(rest | {STACKS: stacks}, landing, *given)
 
     take = jax.grad(of, argnums=(0, 1), has_aux=True)
-    (rest, landed), told = take(_part(None, params), jax.device_put(landing, jax.memory.Space.Host))
+    (rest, landed), told = take(part_of(None, params), to_host(landing))
 
     def summed(spec: ParameterSpec, gradient: jax.Array) -> jax.Array:
         return blueprint.layout.constrain_gradient(gradient.astype(accumulated), spec.axes)
 
-    rest = jax.tree.map(summed, _part(None, blueprint.specs), rest, is_leaf=is_spec)
-    return rest | {_STACKS: landed}, told
+    rest = jax.tree.map(summed, part_of(None, blueprint.specs), rest, is_leaf=is_spec)
+    return rest | {STACKS: landed}, told
 
 
 def streamed_norm(gradients: dict[str, Any]) -> jax.Array:
     """The global norm of gradients, wherever they wait. f32[]"""
-    squares = global_norm(_fetched(_part(None, gradients))) ** 2
-    for stack in gradients[_STACKS].values():
+    squares = global_norm(fetched(part_of(None, gradients))) ** 2
+    for stack in gradients[STACKS].values():
 
         def add(place: jax.Array, squares: jax.Array, stack: Any = stack) -> jax.Array:
-            return squares + global_norm(_fetched(_layer(place, stack))) ** 2
+            return squares + global_norm(fetched(layer_of(place, stack))) ** 2
 
-        squares = jax.lax.fori_loop(0, _repeat(stack), add, squares)
+        squares = jax.lax.fori_loop(0, repeat_of(stack), add, squares)
     return jnp.sqrt(squares)
 
 
@@ -90,74 +96,37 @@ def streamed_update(
         norm: of all gradients.
     """
     everything = (gradients, opt_state, params)
-    after = _update(blueprint, norm, None, *_in_trees(partial(_part, None), everything))
+    after = _update(blueprint, norm, None, *in_trees(partial(part_of, None), everything))
     stacks = {}
-    for number in params[_STACKS]:
-        grads, *begin = _in_trees(partial(_part, number), everything)
+    for number in params[STACKS]:
+        grads, *begin = in_trees(partial(part_of, number), everything)
 
         def one(place: jax.Array, carry: Any, number: Any = number, grads: Any = grads) -> Any:
-            taken = _in_trees(partial(_layer, place), (grads, *carry))
+            taken = in_trees(partial(layer_of, place), (grads, *carry))
             opt_state, params = _update(blueprint, norm, number, *taken)
             if blueprint.layout.config.optimizer_states == "host":
-                opt_state = _in_trees(partial(jax.device_put, device=jax.memory.Space.Host), opt_state)
-            return _in_trees(partial(_with_layer, place), carry, (opt_state, params))
+                opt_state = in_trees(to_host, opt_state)
+            return in_trees(partial(with_layer, place), carry, (opt_state, params))
 
-        stacks[number] = jax.lax.fori_loop(0, _repeat(grads), one, tuple(begin))
-    return _in_trees(
-        lambda rest, *each: rest | {_STACKS: dict(zip(stacks, each, strict=True))}, after, *stacks.values()
-    )
+        stacks[number] = jax.lax.fori_loop(0, repeat_of(grads), one, tuple(begin))
+    return joined(after, stacks)
 
 
 def _update(
     blueprint: Blueprint, norm: jax.Array, number: Any, gradients: Any, opt_state: optax.OptState, params: Any
 ) -> tuple[optax.OptState, Any]:
-    """Of one part as `_part` gives it, on the devices. For Optax the other parts are masked out."""
-    specs = _part(number, blueprint.specs)
+    """Of one part as `part_of` gives it, on the devices. For Optax the other parts are masked out."""
+    specs = part_of(number, blueprint.specs)
 
     def shared_out(tree: Any) -> Any:
         place = blueprint.layout.shard
         return jax.tree.map(lambda spec, x: place(x, spec.axes.removeprefix("L")), specs, tree, is_leaf=is_spec)
 
-    masked = jax.tree.map(lambda _: optax.MaskedNode(), blueprint.specs, is_leaf=is_spec)
-    gradients, params = shared_out(_fetched(gradients)), shared_out(params)
-    gradients, opt_state, params = _in_trees(
-        partial(_with_part, number, masked), (gradients, _fetched(opt_state), params)
+    gradients, params = shared_out(fetched(gradients)), shared_out(params)
+    gradients, opt_state, params = in_trees(
+        partial(among_masked, number, blueprint.specs), (gradients, fetched(opt_state), params)
     )
     updates, opt_state = optax.with_extra_args_support(blueprint.optimizer).update(
         gradients, opt_state, params, norm=norm
     )
-    return _in_trees(partial(_part, number), (opt_state, optax.apply_updates(params, updates)))
-
-
-def _in_trees(change: Callable, first: Any, *others: Any) -> Any:
-    """`change` of every tree like the parameters' in `first`, with those that the others have in its place."""
-
-    def changed(x: Any, *rest: Any) -> Any:
-        return change(x, *rest) if isinstance(x, dict) else x
-
-    return jax.tree.map(changed, first, *others, is_leaf=lambda x: isinstance(x, dict))
-
-
-def _part(number: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """One stack, or with None all but the stacks."""
-    return {name: x for name, x in tree.items() if name != _STACKS} if number is None else tree[_STACKS][number]
-
-
-def _with_part(number: Any, tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    return tree | (part if number is None else {_STACKS: tree[_STACKS] | {number: part}})
-
-
-def _repeat(stack: dict[str, Any]) -> int:
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
-def _layer(place: jax.Array, stack: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), stack)
-
-
-def _with_layer(place: jax.Array, stack: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, place, 0), stack, layer)
-
-
-def _fetched(tree: Any) -> Any:
-    return jax.device_put(tree, jax.memory.Space.Device)
+    return in_trees(partial(part_of, number), (opt_state, optax.apply_updates(params, updates)))

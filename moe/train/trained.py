@@ -13,15 +13,17 @@ import tensorstore
 from flax import nnx
 from jax.typing import DTypeLike
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import config_from_json
 from moe.model.parameter import SelectionBias, specs_of
 from moe.model.pieces import Piece, load
 from moe.model.precision import Precision
-from moe.model.transformer import Transformer
 from moe.ops.quantize import Quantized
 from moe.train.checkpoint import CheckpointError, damage_of, named
+from moe.train.lora import trained
+from moe.train.state import fresh_model
 from parallel.layout import Layout
 
 
@@ -71,7 +73,10 @@ class CheckpointSource:
 
 
 class TrainedModel:
-    """The newest whole checkpoint of a run. The run may be going on: nothing is changed in its folder."""
+    """The newest whole checkpoint of a run. The run may be going on: nothing is changed in its folder.
+
+    lora: of a run that trained adapters; these alone are its parameters then, and `init_from` names their base.
+    """
 
     def __init__(self, folder: Path) -> None:
         """
@@ -84,14 +89,18 @@ class TrainedModel:
             frozen = json.loads((folder / "config.json").read_text("utf-8"))["config"]
             self.config: ModelConfig = config_from_json(frozen["model"])
             self.precision = Precision(**frozen["precision"])
+            self.lora = LoraConfig(**frozen["lora"]) if frozen.get("lora") else None
+            self.init_from: str | None = frozen["init_from"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{folder}: is no model folder, no checkpoint and no folder of a run of this version ({error})"
             ) from error
-        model = nnx.eval_shape(lambda: Transformer(self.config, self.precision, Execution(), rngs=nnx.Rngs(0)))
-        self.specs = specs_of(model)
+        model = nnx.eval_shape(
+            lambda: fresh_model(self.config, self.precision, Execution(), self.lora, jax.random.key(0))
+        )
+        self.specs = specs_of(model, trained(self.lora))
         self._abstract = {
-            "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+            "params": nnx.to_pure_dict(nnx.state(model, trained(self.lora))),
             "balance": nnx.to_pure_dict(nnx.state(model, SelectionBias)),
         }
         self.checkpoint = self._newest()
@@ -106,7 +115,15 @@ class TrainedModel:
             shutil.copyfile(self.tokenizer, target / self.tokenizer.name)
 
     def arrays(self, layout: Layout) -> ArraySource:
-        """The parameters on `layout`, as stored."""
+        """The parameters on `layout`, as stored.
+
+        Raises:
+            ConfigError: they are adapters.
+        """
+        if self.lora is not None:
+            raise ConfigError(
+                f"{self.folder}: holds adapters for {self.init_from}, which this cannot take; serve the run"
+            )
         return ArraySource(self.restore(layout)[0])
 
     def restore(

@@ -159,6 +159,7 @@ def _env(options: argparse.Namespace) -> int:
                 gpu_link="pcie" if options.pcie else "nvlink",
                 nic_names=tuple(filter(None, options.cards.split(","))),
                 interface=options.interface,
+                prefetch=not options.no_prefetch,
             )
         ),
         end="",
@@ -180,6 +181,7 @@ def _add_env(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     command.add_argument("--pcie", action="store_true", help="GPUs of a node are joined by PCIe, not NVLink")
     command.add_argument("--cards", default="", metavar="NAME,…", help="the GPUs' cards, such as mlx5_0,mlx5_1")
     command.add_argument("--interface", default="", metavar="NAME", help="over which processes find each other: eth0")
+    command.add_argument("--no-prefetch", action="store_true", help="gather one layer at a time: saves GPU memory")
     command.set_defaults(run=_env)
 
 

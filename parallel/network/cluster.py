@@ -25,6 +25,7 @@ class Cluster:
     gpudirect: whether GPUDirect RDMA is to be used (`doctor` tells whether it can be).
     gpu_link: how GPUs of a node are joined, "nvlink" or "pcie".
     nic_names: the cards' names, such as mlx5_0; none leaves the choice to NCCL.
+    prefetch: whether XLA gathers a layer's weights while the layer before computes, which has two layers' in memory.
     interface: the network interface over which NCCL's processes find each other; "" leaves the choice to NCCL.
     """
 
@@ -37,6 +38,7 @@ class Cluster:
     gpu_link: GpuLink = "nvlink"
     nic_names: tuple[str, ...] = ()
     interface: str = ""
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "nics_per_node"):

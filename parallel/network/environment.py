@@ -36,6 +36,23 @@ def nccl_variables(cluster: Cluster) -> tuple[Setting, ...]:
     return tuple(chosen + (_rdma(cluster) + _relays(cluster) if cluster.rdma else _sockets(cluster)))
 
 
+_PREFETCH = (
+    Setting(
+        "xla_gpu_enable_pipelined_all_gather", "true",
+        "a scan's next layer is gathered while this one computes (costs one layer's weights in memory)",
+    ),
+    Setting(
+        "xla_gpu_enable_pipelined_reduce_scatter", "true",
+        "a layer's gradients are scattered while the next layer's are computed",
+    ),
+    Setting(
+        "xla_gpu_enable_while_loop_unrolling", "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER",
+        "unrolls a scan by two, so that a pipelined collective needs no copy of its buffer",
+    ),
+)  # fmt: skip
+"""Flags by which a scan's exchanges run beside the layer before."""
+
+
 def xla_flags(cluster: Cluster) -> tuple[Setting, ...]:
     """XLA's flags that overlap the exchange with arithmetic and size its messages."""
     threshold = str(combine_threshold(cluster))
@@ -50,18 +67,7 @@ def xla_flags(cluster: Cluster) -> tuple[Setting, ...]:
             "xla_gpu_enable_highest_priority_async_stream", "true",
             "a collective that is ready does not wait behind arithmetic",
         ),
-        Setting(
-            "xla_gpu_enable_pipelined_all_gather", "true",
-            "a scan's next layer is gathered while this one computes (costs one layer's weights in memory)",
-        ),
-        Setting(
-            "xla_gpu_enable_pipelined_reduce_scatter", "true",
-            "a layer's gradients are scattered while the next layer's are computed",
-        ),
-        Setting(
-            "xla_gpu_enable_while_loop_unrolling", "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER",
-            "unrolls a scan by two, so that a pipelined collective needs no copy of its buffer",
-        ),
+        *(_PREFETCH if cluster.prefetch else ()),
         Setting("xla_gpu_all_gather_combine_threshold_bytes", threshold, f"combines gathers up to {size}"),
         Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", threshold, f"combines scatters up to {size}"),
         Setting("xla_gpu_all_reduce_combine_threshold_bytes", threshold, f"combines reductions up to {size}"),

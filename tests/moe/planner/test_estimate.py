@@ -3,21 +3,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
-from moe.model.precision import FULL
+from moe.model.precision import FULL, Precision
 from moe.model.presets import TINY
+from moe.planner.chips import H20
 from moe.planner.estimate import estimate_work, idle_share
-from moe.planner.estimate_layer import Layer
+from moe.planner.exchange_work import RowExchange
 from moe.planner.implementation import OURS
 from moe.planner.job import Job
+from moe.planner.predict import predict
 from moe.planner.sizes import Sizes
 from moe.planner.work import Run
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
 from parallel.layout import SINGLE_DEVICE, LayoutConfig
 from parallel.mesh import MeshConfig
+from parallel.network.cluster import Cluster
 from parallel.pipeline import Schedule
 
 MODEL = ModelConfig(4096, 512, 8, 8, 4, 64, 16, 1024, num_shared_experts=1, router=RouterConfig(top_k=2))
@@ -76,6 +80,16 @@ def test_padded_blocks_cross_the_node_as_the_exchange_tells():
     assert sent(found, "exchange") == pytest.approx((7 * block * row * ways, 8 * block * row * ways))
 
 
+def test_chunks_travel_while_experts_compute():
+    mesh, cluster = MeshConfig(expert=16), Cluster(nodes=2)
+    whole, cut = (job(mesh=mesh, execution=Execution(exchange_chunks=chunks)) for chunks in (1, 4))
+    one, four = (estimate_work(each, 8) for each in (whole, cut))
+    assert sent(one, "exchange") == pytest.approx(sent(four, "exchange"))
+    assert one.flops == four.flops
+    waits = [predict(work, H20, cluster, tokens=1, model_flops=1).terms["exposed_across"] for work in (one, four)]
+    assert waits[1] < waits[0]
+
+
 def test_capacity_bounds_the_blocks():
     router = RouterConfig(top_k=1, capacity_factor=1.25)
     sizes = Sizes(job(model=replace(MODEL, router=router), mesh=MeshConfig(expert=16)), 8)
@@ -93,13 +107,13 @@ def test_ragged_rows_are_those_that_go_elsewhere():
 @pytest.mark.parametrize("consecutive", [False, True])
 def test_devices_that_a_token_reaches(consecutive):
     model = replace(MODEL, num_experts=32, router=RouterConfig(top_k=6))
-    layer = Layer(Sizes(job(model=model), 8), replace(OURS, consecutive=consecutive), False, True, True, 0)
+    exchange = RowExchange(Sizes(job(model=model), 8), replace(OURS, consecutive=consecutive), "")
     draw = np.random.default_rng(0)
     tokens = np.arange(3200)[:, None]
     chosen = (6 * tokens + np.arange(6)) % 32 if consecutive else draw.integers(0, 32, (20_000, 6))
     for parts in (2, 8, 32):
         reached = np.mean([len(set(row)) for row in (chosen // (32 // parts)).tolist()])
-        assert layer._reached(parts) == pytest.approx(reached, rel=0.02)
+        assert exchange.reached(parts) == pytest.approx(reached, rel=0.02)
 
 
 def test_weights_are_gathered_for_each_use_and_their_gradients_summed():
@@ -113,8 +127,7 @@ def test_weights_are_gathered_for_each_use_and_their_gradients_summed():
     assert forward.axes == again.axes == summed.axes == ("data",)
     # 8 devices, 4 on each of 2 nodes: a ring's share leaves over 4 cards.
     assert (forward.inside, forward.across) == pytest.approx((numbers * 2 * 7 / 8, numbers * 2 * 4 / 8 / 4))
-    assert again.across == 2 * forward.across  # in float32
-    assert summed.across == forward.across  # in bfloat16
+    assert again.across == summed.across == forward.across
     assert all(times == MODEL.num_layers for times, _ in gate)
 
 
@@ -125,11 +138,12 @@ def test_with_copies_gradients_are_summed_whole():
 
 
 def test_zero_1_gathers_parameters_once():
-    work = estimate_work(job(mesh=MeshConfig(data=8), layout=LayoutConfig(zero=1), microbatches=4), 8)
-    gathers = [(t, x) for t, x in work.transfers() if x.kind == "all-gather"]
-    ((times, gather),) = gathers
-    assert times == 1
-    assert gather.use == "optimizer"
+    mesh = MeshConfig(data=2, expert=4)
+    work = estimate_work(job(mesh=mesh, layout=LayoutConfig(zero=1), microbatches=4), 8)
+    gathers = {x.axes: (t, x.inside) for t, x in work.transfers() if x.kind == "all-gather"}
+    experts = 8 * 3 * 4 * 512 * 1024
+    others = 8 * (2 * 512 * 8 * 64 + 2 * 512 * 4 * 64 + 512 * 16 + 3 * 512 * 1024) + 4096 * 512
+    assert gathers == {("data",): (1, experts * 4 / 2), ("data", "expert"): (1, others * 4 * 7 / 8)}
 
 
 def test_a_pipeline_computes_in_every_tick():
@@ -157,6 +171,32 @@ def test_what_waits_on_the_host_travels_there_and_back():
     a_token = 8 * H + 2 * 4 * H + D + E + 2 * F + D  # q, k, v; o; router; gate, up, down of the shared expert
     for kind in ("to-host", "to-device"):
         assert sent(outputs, kind=kind) == (pytest.approx(64 * 1024 * 8 * a_token * 2), 0)
+
+
+@pytest.mark.parametrize(("frozen", "bytes_each"), [(None, 4), ("bfloat16", 2), ("int8", 1), ("int4", 0.5 + 2 / 128)])
+def test_serving_reads_weights_as_they_are_kept(frozen, bytes_each):
+    precision = Precision(frozen=frozen)
+    work = estimate_work(job("decode", batch_size=1, precision=precision), 8)
+    widened = sum(t * run.bytes for t, run in work.runs() if run.name.startswith("widen"))
+    matrices = 8 * (2 * 512 * 8 * 64 + 2 * 512 * 4 * 64 + 512 * 16 + 3 * 17 * 512 * 1024)
+    assert widened == pytest.approx(0 if bytes_each == 2 else matrices * (bytes_each + 2))
+
+
+def test_adapters_spare_the_gradients_of_what_is_frozen():
+    whole = estimate_work(job(), 8)
+    lora = estimate_work(job(lora=LoraConfig(rank=16), precision=Precision(frozen="bfloat16")), 8)
+
+    def products(work, backward):
+        kinds = ("matmul", "grouped_matmul")
+        return sum(t * r.flops for t, r in work.runs() if r.kind in kinds and r.backward == backward)
+
+    tokens, D, heads, kv = 64 * 1024, 512, 512, 256
+    adapters = 2 * tokens * 8 * 16 * (2 * (D + heads) + 2 * (D + kv))
+    assert products(lora, False) == pytest.approx(products(whole, False) + adapters)
+    # One product backward instead of two for all that is frozen, and two for an adapter's.
+    assert products(lora, True) == pytest.approx(products(whole, True) / 2 + 2 * adapters)
+    update = sum(run.bytes for _, run in lora.runs() if run.name == "adamw")
+    assert update == pytest.approx(32 * 8 * 16 * (2 * (D + heads) + 2 * (D + kv)))
 
 
 def test_decoding_reads_the_cache_and_every_expert():

@@ -26,11 +26,11 @@ def difference(found, expected):
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
 
 
-@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.02), ("fp8", 0.06), ("int4", 0.2), ("nf4", 0.2)])
+@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.01), ("fp8", 0.02), ("int4", 0.1), ("nf4", 0.1)])
 def test_a_trained_models_logits_stay_close(run, weights, limit):
     expected = HunyuanMoE.from_hf(run)(TOKENS)
     found = difference(HunyuanMoE.from_hf(run, weights=weights)(TOKENS), expected)
-    assert limit / 20 < found < limit
+    assert limit / 50 < found < limit
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -48,7 +48,7 @@ def test_matrices_take_the_bits_of_their_format(checkpoint, weights, bits):
     params = HunyuanMoE.from_hf(checkpoint, weights=weights).weights.params
     found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
     matrices = [x for x in found if isinstance(x, QuantizedWeight)]
-    # Of two layers of a cross-layer group: q and o, k and v of the first, three of the routed experts, three of the shared.
+    # Of two layers that share k and v: q, o, three of the routed experts, three of the shared; k and v of the first.
     assert len(matrices) == 2 * (2 + 3 + 3) + 2
     assert all(8 * x.values.nbytes == bits * np.prod(x.shape) for x in matrices)
     others = {x.shape for x in found if not isinstance(x, QuantizedWeight)}

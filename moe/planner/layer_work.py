@@ -1,12 +1,12 @@
 """One layer on one device, estimated from the settings: its products, its passes over memory, its transfers."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moe.planner.exchange_work import RowExchange
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import BYTES, Sizes
+from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Run, Start, Transfer, TransferKind, Use, Wait
 
 Flags = dict[str, Any]
@@ -63,6 +63,10 @@ class Layer:
     ends: bool
     place: int
 
+    @property
+    def exchange(self) -> RowExchange:
+        return RowExchange(self.sizes, self.how, f"{self.place}.exchange")
+
     def weights(self) -> list[Weight]:
         s, model, t = self.sizes, self.sizes.model, self.sizes.tensor
         D, H = model.d_model, model.head_dim
@@ -78,6 +82,22 @@ class Layer:
             found += self._gated("shared_expert", model.num_shared_experts * model.d_expert // t)
         return found
 
+    def adapters(self) -> list[Weight]:
+        """Two for each of attention's weights, the first from its inputs to the rank, the second on to its outputs."""
+        lora = self.sizes.job.lora
+        if lora is None:
+            return []
+        return [
+            Weight(f"{weight.name}.{half}", "attention", k, n)
+            for weight in self.weights()
+            if weight.use == "attention"
+            for half, k, n in (("a", weight.k, lora.rank), ("b", lora.rank, weight.n))
+        ]
+
+    @property
+    def trained(self) -> list[Weight]:
+        return self.adapters() or self.weights()
+
     def _gated(self, use: Use, width: int, batch: int = 1) -> list[Weight]:
         D = self.sizes.model.d_model
         return [
@@ -91,19 +111,29 @@ class Layer:
         s = self.sizes
         if s.job.layout.zero < 3:
             return []
-        size = s.stored if backward and self.how.gathers_stored else s.compute
         return [
             s.transfer(
                 self._name("gather", weight.use, weight.name, backward=backward), weight.use, "all-gather",
-                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * size,
+                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * s.travels,
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
         ]  # fmt: skip
 
-    def sums(self, size: int) -> list[Transfer]:
-        """Of its weights' gradients, numbers of `size` bytes, over the devices that have tokens of their own."""
-        return [self._sum(weight, size) for weight in self.weights()]
+    def widened(self, *, backward: bool) -> list[Run]:
+        """The passes in which its weights at rest become what products take: of a device's share before the gather, or
+        if they are quantized of the whole after it."""
+        s = self.sizes
+        if s.matrices == s.compute:
+            return []
+        found = []
+        for weight in self.weights():
+            axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+            shares = 1 if s.job.precision.quantized or s.job.layout.zero < 3 else s.over(*axes)
+            moved = weight.numbers / shares * (s.matrices + s.compute)
+            flags: Flags = {"backward": backward, "recomputed": backward}
+            found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
+        return found
 
     def _sum(self, weight: Weight, size: int) -> Transfer:
         s = self.sizes
@@ -135,12 +165,15 @@ class Layer:
         """
         flags = {"backward": True}
         kernels = self._backward_kernels(flags)
-        pending = [self._sum(weight, sums) for weight in reversed(self.weights())] if sums else []
+        pending = [self._sum(weight, sums) for weight in reversed(self.trained)] if sums else []
+        hidden: list[Transfer] = []
         if not self.dense:
-            yield from (event for transfer in self._exchanges(flags) for event in alone(transfer))
+            for first, rest in (self.exchange.there(**flags), self.exchange.back(**flags)):
+                yield from alone(first)
+                hidden += rest
         within = self._tensor_transfers(flags)
         yield from (event for transfer in within if not self._hidden(transfer) for event in alone(transfer))
-        hidden = [transfer for transfer in within if self._hidden(transfer)]
+        hidden += [transfer for transfer in within if self._hidden(transfer)]
         if self.how.prefetches:
             hidden, pending = hidden + pending, []
         yield from together(hidden, self._summing(kernels, pending))
@@ -149,12 +182,14 @@ class Layer:
         return self.how.hides_tensor and transfer.use != "experts"
 
     def _summing(self, kernels: list[Run], pending: list[Transfer]) -> Iterator[Event]:
-        """Each sum runs beside the product that follows it; what is left over beside nothing."""
+        """Each sum runs beside two products, as many as there are for each weight; what is left over beside nothing."""
+        beside_it: list[Run] = []
         for kernel in kernels:
-            if pending and kernel.kind in ("matmul", "grouped_matmul"):
-                yield from beside(pending.pop(0), kernel)
-            else:
-                yield kernel
+            beside_it.append(kernel)
+            if pending and sum(each.kind in ("matmul", "grouped_matmul") for each in beside_it) == 2:
+                yield from beside(pending.pop(0), *beside_it)
+                beside_it = []
+        yield from beside_it
         for transfer in pending:
             yield from alone(transfer)
 
@@ -164,7 +199,7 @@ class Layer:
         yield s.pass_over("norm", "attention", s.stream * model.d_model * self.how.passes, 3, **flags)
         projections = [
             s.product(weight.name, "attention", s.tokens, weight.n, weight.k, **flags)
-            for weight in self.weights()
+            for weight in [*self.weights(), *self.adapters()]
             if weight.use == "attention" and weight.name != "w_o"
         ]
         yield from self._with_product(self._gather_stream("attention", flags), *projections)
@@ -225,79 +260,27 @@ class Layer:
         s, model = self.sizes, self.sizes.model
         D, F, passes = model.d_model, s.expert_width, self.how.passes
         buffer = s.buffer if self.how.full_buffers else s.rows
-        moved = self._rows_moved() * D * passes
+        moved = self.exchange.passes() * D * passes
         yield s.pass_over("norm", "router", s.stream * D * passes, 3, **flags)
         yield s.product("w_router", "router", s.stream, model.num_experts, D, format="f32", **flags)
         if s.job.layout.splits_width:
             yield from alone(self._gather_stream("experts", flags))
         yield s.pass_over("dispatch", "exchange", moved, 1, **flags)
-        send, *back = self._exchanges(flags)
+        (send, later_sends), (back, earlier_backs) = self.exchange.there(**flags), self.exchange.back(**flags)
         yield from alone(send)
-        for name in ("gate", "up"):
-            yield self._grouped(name, F, D, **flags)
-        yield s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags)
-        yield self._grouped("down", D, F, **flags)
+        experts = [self._grouped(name, F, D, **flags) for name in ("gate", "up")]
+        experts.append(s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags))
+        experts.append(self._grouped("down", D, F, **flags))
+        yield from together(later_sends + earlier_backs, experts)
         shared = tuple(self._feed_forward("shared_expert", flags, down=needed)) if model.num_shared_experts else ()
-        yield from beside(back[0], *shared)
+        yield from beside(back, *shared)
         yield s.pass_over("combine", "exchange", moved, 1, **flags)
         if s.job.layout.splits_width:
             yield from alone(self._scatter_stream("experts", flags))
 
-    def _rows_moved(self) -> float:
-        """Rows read and written between the residual stream and the experts, one way."""
-        s = self.sizes
-        if not self.how.fuses_rows:
-            return 2 * (s.rows + 2 * (s.buffer if self.how.full_buffers else s.rows))
-        if s.job.execution.exchange == "ragged_hierarchical":
-            return s.routed * (1 + 2 * self._reached(s.expert_devices)) + s.rows
-        return s.routed + s.rows * (1 if s.experts == 1 else 3)
-
     def _grouped(self, name: str, n: int, k: int, **flags: Any) -> Run:
         s = self.sizes
         return s.product(name, "experts", s.rows, n, k, kind="grouped_matmul", batch=s.experts, **flags)
-
-    def _exchanges(self, flags: Flags) -> list[Transfer]:
-        """There and back. The steps of a hierarchical one as one transfer, inside and across at once."""
-        s, name = self.sizes, self.sizes.job.execution.exchange
-        row = float(s.model.d_model * BYTES[s.job.precision.exchange])
-        axes, found = s.job.layout.experts, []
-        for way in ("send", "bring_back"):
-            if name == "padded":
-                one = self._named(way, "exchange", "all-to-all", axes, s.buffer * row, flags)
-            elif name == "ragged":
-                one = self._named(way, "exchange", "ragged-all-to-all", axes, s.rows * row, flags)
-            elif name == "gathered":
-                kind: TransferKind = "all-gather" if way == "send" else "reduce-scatter"
-                one = self._named(way, "exchange", kind, axes, s.expert_devices * s.rows * row, flags)
-            else:
-                one = self._hierarchical(way, row, flags)
-            found.append(one)
-        return found
-
-    def _hierarchical(self, way: str, row: float, flags: Flags) -> Transfer:
-        s = self.sizes
-        ragged = s.job.execution.exchange == "ragged_hierarchical"
-        kind: TransferKind = "ragged-all-to-all" if ragged else "all-to-all"
-        flat = self._named(way, "exchange", kind, s.job.layout.experts, 1.0, flags)
-        N, near = flat.nodes, flat.devices // flat.nodes
-        limit = s.block // max(1, s.experts)
-        if ragged:
-            nodes, devices = self._reached(N), self._reached(N * near)
-            across, inside = s.routed * nodes * (N - 1) / N, s.routed * devices * (near - 1) / near
-        else:
-            arrived = N * min(s.routed, limit * s.model.num_experts // N)
-            block = min(arrived * s.model.router.top_k, limit * N * s.experts)
-            across, inside = (N - 1) * arrived / N, float((near - 1) * block)
-        return replace(flat, inside=inside * row, across=across * row)
-
-    def _reached(self, parts: int) -> float:
-        """Of `parts` that share out the experts evenly, how many a token's choices fall on, in the mean."""
-        E, K = self.sizes.model.num_experts, self.sizes.model.router.top_k
-        if not self.how.consecutive:
-            return parts * (1 - (1 - 1 / parts) ** K)
-        size = E / parts
-        turns = range(E // math.gcd(E, K))
-        return sum(len({(K * i + k) % E // size for k in range(K)}) for i in turns) / len(turns)
 
     def _tensor_transfers(self, flags: Flags) -> list[Transfer]:
         """Of the backward pass: what was gathered is scattered, and the other way round."""
@@ -311,6 +294,9 @@ class Layer:
         if not self.dense and self.sizes.model.num_shared_experts:
             uses.append("shared_expert")
         both = [each for use in uses for each in (self._gather_stream(use, flags), self._scatter_stream(use, flags))]
+        # Of what is kept a device has its own positions, and the gradient of a weight takes those of all.
+        kept = self.sizes.job.execution.remat == "none"
+        both += [self._gather_stream(use, flags) for use in uses if kept and use != "experts"]
         return both + self._heads(flags)
 
     def _gather_stream(self, use: Use, flags: Flags) -> Transfer:
@@ -328,6 +314,7 @@ class Layer:
     def _backward_kernels(self, flags: Flags) -> list[Run]:
         """Two products for each of the forward pass, and about twice its passes over memory."""
         found: list[Run] = []
+        trained = {weight.name for weight in self.trained}
         for event in reversed(list(self.forward())):
             if not isinstance(event, Run):
                 continue
@@ -342,7 +329,9 @@ class Layer:
                 rows = replace(event, name=event.name + "_dx", shape=(batch, m, k, n), **flags)
                 # Each expert's matrix is k x n, contracted over its share of the rows.
                 shape = (batch, batch * k, n, m // batch) if grouped else (batch, k, n, m)
-                found += [rows, replace(event, name=event.name + "_dw", shape=shape, **flags)]
+                found.append(rows)
+                if event.name in trained:
+                    found.append(replace(event, name=event.name + "_dw", shape=shape, **flags))
         return found
 
     def _named(
