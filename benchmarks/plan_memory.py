@@ -144,8 +144,8 @@ def describe(job: Job) -> str:
     capacity = model.router.capacity_factor
     return (
         f"{job.kind} D{model.d_model} L{model.num_layers} K{model.router.top_k} B{job.batch_size} "
-        f"T{job.sequence_length} {job.mesh.text.replace(' x ', ' ')} zero{layout.zero} {'+'.join(layout.experts)} {execution.remat} "
-        f"{execution.exchange} {'dropless' if capacity is None else f'cap{capacity}'} "
+        f"T{job.sequence_length} {job.mesh.text.replace(' x ', ' ')} zero{layout.zero} {'+'.join(layout.experts)} "
+        f"{execution.remat} {execution.exchange} {'dropless' if capacity is None else f'cap{capacity}'} "
         f"m{job.microbatches} v{job.virtual_stages}"
     )
 

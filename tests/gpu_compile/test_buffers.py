@@ -28,7 +28,7 @@ JOBS = {
     "train": Job("train", MODEL, 16, 1024, mesh=MeshConfig(data=2, expert=4), execution=Execution(remat="full")),
     "stages": Job(
         "train", MODEL, 16, 1024, mesh=MeshConfig(stage=2, expert=2, tensor=2), microbatches=4,
-        layout=LayoutConfig(zero=2),
+        layout=LayoutConfig(zero=2), execution=Execution(attention="chunked"),
     ),
     "on the host": Job(
         "train", MODEL, 16, 1024, mesh=MeshConfig(data=2, expert=4), layout=LayoutConfig(optimizer_states="host"),
