@@ -18,7 +18,7 @@ from moe.model.presets import HUNYUAN_LARGE
 from moe.planner.chips import H20
 from moe.planner.compile import compile_job
 from moe.planner.estimate_memory import estimate_memory
-from moe.planner.job import Job
+from moe.planner.job import Job, Kind
 from parallel.layout import LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
@@ -58,11 +58,11 @@ def _attempt(draw: random.Random) -> Job | None:
     capacity = draw.choice((None, None, 1.25, 2.0))
     model = replace(
         model,
-        num_layers=draw.choice((4, 8, 16)) + model.num_dense_layers,
+        num_layers=draw.choice((8, 16)) + model.num_dense_layers,
         router=replace(model.router, capacity_factor=capacity),
     )
     devices = draw.choice((8, 16, 32, 64))
-    kind = draw.choice(("train",) * 8 + ("prefill", "decode"))
+    kind: Kind = draw.choice(("train",) * 8 + ("prefill", "decode"))
     mesh = _random_mesh(draw, devices, serving=kind != "train")
     batch_parts = mesh.replica * mesh.data * mesh.expert
     length = draw.choice((1024, 2048, 4096, 8192))
@@ -143,8 +143,8 @@ def describe(job: Job) -> str:
     model, layout, execution = job.model, job.layout, job.execution
     capacity = model.router.capacity_factor
     return (
-        f"{job.kind} D{model.d_model} L{model.num_layers} K{model.router.top_k} B{job.batch_size} T{job.sequence_length} "
-        f"{job.mesh.text.replace(' x ', ' ')} zero{layout.zero} {'+'.join(layout.experts)} {execution.remat} "
+        f"{job.kind} D{model.d_model} L{model.num_layers} K{model.router.top_k} B{job.batch_size} "
+        f"T{job.sequence_length} {job.mesh.text.replace(' x ', ' ')} zero{layout.zero} {'+'.join(layout.experts)} {execution.remat} "
         f"{execution.exchange} {'dropless' if capacity is None else f'cap{capacity}'} "
         f"m{job.microbatches} v{job.virtual_stages}"
     )

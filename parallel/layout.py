@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from parallel.gather import join_leading
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
@@ -266,25 +266,14 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format.
-
-        Parts are joined along an axis of their own that leads, as they arrive. Along any other XLA would have them in
-        another order in memory, and to that end copy the whole stack of layers before the loop.
-        """
-        stored, used = self.stored_spec(axes), self.used_spec(axes)
-        place = axes.find("D")
-        names = stored[place] if place > 0 and len(stored) > place else None
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+        stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
         # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
         weight = self._constrain(weight, stored)
-        if names is None:
-            return self._constrain(weight, used)
-        *before, width = weight.shape[: place + 1]
-        parts = self._size((names,) if isinstance(names, str) else names)
-        split = weight.reshape(*before, parts, width // parts, *weight.shape[place + 1 :])
-        leading = jnp.moveaxis(split, place, 0)
-        leading = self._constrain(leading, PartitionSpec(names, *used[:place], None, *used[place + 1 :]))
-        leading = self._constrain(leading, PartitionSpec(None, *used[:place], None, *used[place + 1 :]))
-        return self._constrain(jnp.moveaxis(leading, 0, place).reshape(weight.shape), used)
+        names = stored[place] if place > 0 else None
+        if names is not None:
+            weight = join_leading(weight, place, self._size(names), names, used, self._constrain)
+        return self._constrain(weight, used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""

@@ -1,10 +1,10 @@
 """What a compiled program holds in memory, from XLA's own buffer assignment and live ranges: equal to XLA's figures to
 the byte.
 
-XLA assigns each value a place in an allocation (xla/service/buffer_assignment.h): arguments, results and constants have
-one each and live throughout; all others share one preallocated block, each at its offset while it lives. Values that XLA
-updates in place share their offset and count once. Tables of pointers (tuples) lie in the block as well; XLA leaves
-these few hundred bytes out of its peak, and so does this.
+XLA assigns each value a place in an allocation (xla/service/buffer_assignment.h): arguments, results and constants
+have one each and live throughout; all others share one preallocated block, each at its offset while it lives. Values
+that XLA updates in place share their offset and count once. Tables of pointers (tuples) lie in the block as well; XLA
+leaves these few hundred bytes out of its peak, and so does this.
 """
 
 import re
@@ -86,7 +86,8 @@ _LIFETIME = re.compile(r"    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$")
 
 def _allocations(text: str, lifetimes: dict[tuple[str, str], tuple[int, int]]) -> list[_Allocation]:
     found: list[_Allocation] = []
-    head, values = None, []
+    head: re.Match[str] | None = None
+    values: list[_Value] = []
     for line in [*text.splitlines(), "allocation 0: size 0:"]:
         if match := _ALLOCATION.match(line):
             if head is not None:
@@ -161,8 +162,8 @@ class _Naming:
 
     weights: dimensions of the parameters, whole and of one device, of all layers and of one; sizes of 1 left out, in
         ascending order, for XLA permutes them.
-    turn: place in the schedule where the backward pass begins: amid the loss's instructions, of which XLA moves a few to
-        earlier or later places.
+    turn: place in the schedule where the backward pass begins: amid the loss's instructions, of which XLA moves a few
+        to earlier or later places.
     """
 
     module: Module
@@ -225,7 +226,7 @@ class _Naming:
         path = instruction.op_name
         source = self._source(instruction)
         if _unordered(parse_shape(value.shape).dims) in self.weights:
-            is_gradient = _is_backward(path) or source.startswith(LOSS) and value.shape.startswith("f32")
+            is_gradient = _is_backward(path) or (source.startswith(LOSS) and value.shape.startswith("f32"))
             return "gradients" if is_gradient else "temporaries"
         begin, end = min(each.begin for each in values), max(each.end for each in values)
         return "activations" if begin < self.turn <= end and not _is_backward(path) else "temporaries"

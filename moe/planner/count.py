@@ -68,6 +68,7 @@ class _Counter:
 
     def events(self, computation: Computation) -> Iterator[Event]:
         """In the order in which they are scheduled."""
+        begun: set[str] = set()
         for each in computation.instructions.values():
             if each.opcode == "while":
                 yield self._loop(computation, each)
@@ -76,11 +77,13 @@ class _Counter:
             elif each.opcode == "call":
                 yield from self.events(self.module.called(each)[0])
             elif each.opcode.endswith("-done"):
-                begun = computation.instructions[each.operands[0]]
-                if self._journey(computation, begun) is not None and not _is_synchronous(begun):
-                    yield Wait(begun.name)
+                if each.operands[0] in begun:
+                    yield Wait(each.operands[0])
             elif each.opcode not in FREE:
-                yield from self._work(computation, each)
+                for event in self._work(computation, each):
+                    if isinstance(event, Start) and not _is_synchronous(each):
+                        begun.add(each.name)
+                    yield event
 
     def _work(self, computation: Computation, each: Instruction) -> Iterator[Event]:
         journey = self._journey(computation, each)

@@ -53,8 +53,8 @@ class Layers:
 
     @property
     def routed(self) -> tuple[int, int, int]:
-        """Numbers of the rows that a device sends [R, D], of the buffer in which rows arrive [S, D], and of its experts'
-        hidden activation [S, F]."""
+        """Numbers of the rows that a device sends [R, D], of the buffer in which rows arrive [S, D], and of its
+        experts' hidden activation [S, F]."""
         model, sizes = self.sizes.model, self.sizes
         sent = min(sizes.rows, sizes.buffer)
         return sent * model.d_model, sizes.buffer * model.d_model, sizes.buffer * sizes.expert_width
@@ -130,11 +130,12 @@ class Layers:
         return own + sum(self._recomputed(each) for each in group[:-1])
 
     def forward(self, group: Group) -> int:
-        """The working set of a layer that nothing goes back through: attention's, or the experts'."""
+        """The working set of a layer that nothing goes back through: attention's, or the experts' two products beside
+        their rows and the shared experts' hidden activation, which takes one product's place."""
         c, dense = self.sizes.compute, group[-1]
         q, _ = self.heads
         own = 3 * c * q + 3 * c * self.stream + 3 * c * self.width(dense)
         if dense:
             return own
         _, rows, hidden = self.routed
-        return max(own, 3 * c * hidden + 2 * c * rows)
+        return max(own, 2 * c * hidden + c * rows + c * self.width(dense))

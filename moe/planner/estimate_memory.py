@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moe.model.parameter import ParameterSpec
 from moe.model.transformer import layer_groups
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
-from moe.planner.estimate_states import States, abstract_layout, states_of
+from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Memory, Part
@@ -78,10 +78,12 @@ class _Estimate:
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
-        """A prefill fills a cache of its own before it writes into the given one. Of two layers the weights are there,
-        for the next one's are gathered while one computes."""
+        """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
+        two layers are there: the next one's come while one computes."""
         groups = [group for group, _ in self.layers.groups()]
-        layers = self.transposed + max(2 * self.weights(group) + self.layers.forward(group) for group in groups)
+        at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
+        layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
+        layers += self.transposed
         own = self.cache if self.job.kind == "prefill" else 0
         return {
             "parameters": self.states.parameters,
@@ -113,10 +115,7 @@ class _Estimate:
         model = self.job.model
         groups = math.ceil(model.num_layers / model.cla_factor)
         shape = (self.job.batch_size, groups, self.job.sequence_length, model.num_kv_heads, model.head_dim)
-        return 2 * math.prod(self._shard("BGSMH", shape)) * self.sizes.compute
-
-    def _shard(self, axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return NamedSharding(self.layout.mesh, self.layout.activation_spec(axes)).shard_shape(shape)
+        return 2 * self.sizes.compute * numbers(self.layout.activation("BGSMH"), shape)
 
     # Weights, as they are used and turned, and their gradients.
 
@@ -133,10 +132,15 @@ class _Estimate:
         """The matrices of a group in the compute format, gathered over the FSDP axes."""
         (repeat,) = {repeat for each, repeat in layer_groups(self.job.model) if each == group}
         of_stack = [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat]
-        return self.sizes.compute * sum(math.prod(self._used(each)[1:]) for each in of_stack)
+        return self.sizes.compute * sum(self._used(each) for each in of_stack) // repeat
 
-    def _used(self, spec: ParameterSpec) -> tuple[int, ...]:
-        return NamedSharding(self.layout.mesh, self.layout.used_spec(spec.axes)).shard_shape(spec.shape)
+    def _used(self, spec: ParameterSpec) -> int:
+        """Numbers of a weight that is gathered; of all layers."""
+        return numbers(self._placed(self.layout.used_spec(spec.axes)), spec.shape)
+
+    def _placed(self, spec: PartitionSpec) -> NamedSharding:
+        assert self.layout.mesh is not None
+        return NamedSharding(self.layout.mesh, spec)
 
     def gradients(
         self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None
@@ -144,27 +148,40 @@ class _Estimate:
         """As they are summed: shared out from ZeRO's stage 2 on. By default in the parameters' format."""
         found = 0
         for each in specs:
-            where = NamedSharding(self.layout.mesh, self.layout.gradient_spec(each.axes, each.shape[0]))
-            found += math.prod(where.shard_shape(each.shape)) * jnp.dtype(dtype or each.dtype).itemsize
+            where = self._placed(self.layout.gradient_spec(each.axes, each.shape[0]))
+            found += numbers(where, each.shape) * jnp.dtype(dtype or each.dtype).itemsize
         return found
 
     @property
     def accumulators(self) -> int:
-        """Sums over microbatches. XLA computes two microbatches in one turn of their loop, and keeps zeros for the
-        second one's gradients; a pipeline's ticks add to their sums out of place besides."""
-        copies = 3 if self.layout.stages > 1 else 2 if self.job.microbatches > 1 else 0
-        return copies * self.gradients(self.states.specs, self.job.precision.gradients)
+        """What sums over microbatches hold beside one microbatch's gradients: those of a second one, for XLA computes
+        two in one turn of their loop, and the sums, which it shares out as the optimizer's states are. A pipeline's
+        ticks add to their sums out of place besides."""
+        gradients = self.gradients(self.states.specs, self.job.precision.gradients)
+        if self.layout.stages > 1:
+            return 3 * gradients
+        return gradients + self.sums if self.job.microbatches > 1 else 0
+
+    @property
+    def sums(self) -> int:
+        """The gradients as the optimizer takes them."""
+        size = jnp.dtype(self.job.precision.gradients).itemsize
+        return size * sum(
+            numbers(self.layout.optimizer_state(each.axes, each.shape), each.shape) for each in self.states.specs
+        )
 
     @property
     def transposed(self) -> int:
         """Copies of stacked matrices whose FSDP axis D is not their outermost: XLA turns the whole stack round before
         the loop over layers, so that what a gather brings lies in one piece. Without recomputation the gathered weights
-        are kept instead, and the copies are gone when the backward pass begins."""
-        if self.job.kind == "train" and self.job.execution.remat == "none" and self.layout.stages == 1:
+        are kept instead, and the copies are gone when the backward pass begins, unless another microbatch needs them.
+        """
+        job = self.job
+        if job.kind == "train" and job.execution.remat == "none" and job.microbatches == 1:
             return 0
         found = 0
         for each in filter(_is_stacked, self.specs):
-            shape = self.layout.stored(each.axes, each.shape).shard_shape(each.shape)
+            shape = self._placed(self.layout.stored_spec(each.axes, each.shape[0])).shard_shape(each.shape)
             place = each.axes.index("D")
             if shape[place] < each.shape[place] and math.prod(shape[1:place]) > 1:
                 found += math.prod(shape) * each.dtype.itemsize
@@ -172,8 +189,8 @@ class _Estimate:
 
     @property
     def head_gradient(self) -> int:
-        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to which
-        the embedding's gradients are added."""
+        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to
+        which the embedding's gradients are added."""
         return 4 * self.vocabulary
 
     @property
@@ -185,23 +202,24 @@ class _Estimate:
     def embedding(self) -> int:
         """The moment of the lookup: the embedding is gathered as it is stored, from a copy with its FSDP axis first."""
         (spec,) = [each for each in self.specs if each.kind == "embedding"]
-        here = math.prod(self.layout.stored(spec.axes, spec.shape).shard_shape(spec.shape))
-        whole = math.prod(self._used(spec))
+        here, whole = numbers(self.layout.stored(spec.axes, spec.shape), spec.shape), self._used(spec)
         return (whole + here) * spec.dtype.itemsize if here < whole else 0
 
     # Moments of the step.
 
     def _at_the_loss(self) -> dict[Part, int]:
         """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
-        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
+        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient. The
+        loop over two microbatches XLA unrolls, and takes both forward before either goes backward."""
         job, sizes = self.job, self.sizes
+        unrolled = job.microbatches == 2 and self.layout.stages == 1
         chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
         logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
         hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
         return {
-            "gradients": self.accumulators + 3 * self.head_gradient,
-            "activations": self.activations,
-            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+            "gradients": 3 * self.head_gradient + (0 if unrolled else self.accumulators),
+            "activations": self.activations * (2 if unrolled else 1),
+            "temporaries": self.transposed + (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
@@ -214,25 +232,27 @@ class _Estimate:
         }
 
     def _in_the_update(self) -> dict[Part, int]:
-        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all of
-        them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under way,
-        in copies: parameter, two moments."""
+        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all
+        of them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under
+        way, in copies: parameter, two moments."""
         gathered = largest = 0
         for each in self.states.specs:
             here, at_rest = (
-                each.dtype.itemsize * math.prod(where(each.axes, each.shape).shard_shape(each.shape))
+                each.dtype.itemsize * numbers(where(each.axes, each.shape), each.shape)
                 for where in (self.layout.optimizer_state, self.layout.stored)
             )
             largest = max(largest, here)
             gathered += at_rest if at_rest > here else 0
-        gradients = 0 if self.job.layout.on_host else self.gradients(self.states.specs, self.job.precision.gradients)
+        gradients = self.sums if self.job.microbatches > 1 else self.gradients(self.states.specs)
+        if self.job.layout.on_host:
+            gradients = 0
         under_way = 0 if self.job.layout.on_host else 5 * largest
         return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
 
     @property
     def activations(self) -> int:
-        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is computed
-        again."""
+        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is
+        computed again."""
         kept = sum(count * self.kept(group) for group, count in self.layers.groups())
         schedule = self.schedule
         return kept + (schedule.slots * self.sizes.compute * self.layers.stream if schedule else 0)

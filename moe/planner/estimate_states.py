@@ -1,5 +1,5 @@
-"""What stays on a device from step to step, exactly: the very trees of training and serving, in shapes, by the one table
-of shardings (parallel/layout.py)."""
+"""What stays on a device from step to step, exactly: the very trees of training and serving, in shapes, by the one
+table of shardings (parallel/layout.py)."""
 
 import math
 from dataclasses import dataclass
@@ -71,13 +71,18 @@ def states_of(job: Job, layout: Layout) -> States:
     )
 
 
+def numbers(sharding: Any, shape: tuple[int, ...]) -> int:
+    """Of one device's part of an array."""
+    return math.prod(sharding.shard_shape(shape))
+
+
 def _leaves(specs: Any) -> list[ParameterSpec]:
     return jax.tree.leaves(specs, is_leaf=is_spec)
 
 
 def _bytes(values: Any, shardings: Any) -> int:
     pairs = zip(jax.tree.leaves(values), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in pairs)
+    return sum(numbers(where, x.shape) * x.dtype.itemsize for x, where in pairs)
 
 
 @lru_cache(maxsize=32)

@@ -48,6 +48,7 @@ _ARITHMETIC = frozenset({
     "erf", "tan", "atan2",
 })  # fmt: skip
 _FLOATS = ("f", "bf", "c")  # how their names begin
+_UNKNOWN = ("convolution", "ragged-dot", "scaled-dot", "send", "recv", "infeed", "outfeed")
 _NO_WORK = ("AllocateBuffer",)
 _SORTS = ("__cub$", "__gpu$TopK", "TopK")
 _GROUPED = re.compile(r"grouped_matmul_(rows|weights)\b")
@@ -93,7 +94,7 @@ class Kernels:
                 found.append(_dot(operands[0], operands[1], each))
             elif each.opcode == "custom-call" and each.target.startswith("__cublas$"):
                 found.append(_library_product(operands[0], operands[1], each))
-            elif each.opcode in ("convolution", "ragged-dot", "scaled-dot"):
+            elif each.opcode in _UNKNOWN:
                 raise CountError(f"{each.name}: how much work a {each.opcode} is is not known here")
         return found
 

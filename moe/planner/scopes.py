@@ -55,7 +55,7 @@ def use_of(op_name: str) -> Use | None:
 
 def _inside(module: Module, instruction: Instruction) -> list[str]:
     """Names with a use, most frequent first."""
-    if instruction.opcode != "fusion":
+    if not instruction.opcode.startswith("fusion"):
         return []
     found = Counter(
         each.op_name

@@ -41,7 +41,7 @@ def counted(request, tmp_path_factory) -> tuple[Job, Work]:
     job = JOBS[request.param]
     cluster = Cluster(nodes=job.mesh.num_devices // PER_NODE, gpus_per_node=PER_NODE)
     compiled = compile_job(job, H20, cluster, cache=tmp_path_factory.mktemp("plan"))
-    given = {"routed_rows": routed_rows(job), "key_blocks": key_blocks(job)}
+    given = {"routed_rows": routed_rows(job, PER_NODE), "key_blocks": key_blocks(job)}
     return job, count(compiled.program(), job.mesh, PER_NODE, **given)
 
 
@@ -122,7 +122,7 @@ def test_transfers_to_and_from_the_host(tmp_path):
         "train", MODEL, 8, T, mesh=MeshConfig(data=4, expert=2), execution=Execution(remat="matmuls_on_host")
     )  # fmt: skip
     compiled = compile_job(job, H20, Cluster(), cache=tmp_path)
-    work = count(compiled.program(), job.mesh, PER_NODE, routed_rows=routed_rows(job))
+    work = count(compiled.program(), job.mesh, PER_NODE, routed_rows=routed_rows(job, PER_NODE))
     there, back = (
         sum(times * each.inside for times, each in work.transfers() if each.kind == kind)
         for kind in ("to-host", "to-device")

@@ -18,8 +18,8 @@ MODEL = ModelConfig(
     vocab_size=1024, d_model=D, num_layers=L, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=E, d_expert=F,
     cla_factor=2,
 )  # fmt: skip
-LAYER = 3 * E * D * F
-"""Values of one layer's experts."""
+LAYER = 3 * (E + 1) * D * F
+"""Values of one layer's experts, the shared one with them."""
 
 
 def test_a_layers_weights_travel_in_8_bits_and_are_widened_one_matrix_after_the_other():

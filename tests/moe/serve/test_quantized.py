@@ -26,11 +26,11 @@ def difference(found, expected):
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
 
 
-@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.02), ("fp8", 0.06), ("int4", 0.2), ("nf4", 0.2)])
+@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.01), ("fp8", 0.02), ("int4", 0.1), ("nf4", 0.1)])
 def test_a_trained_models_logits_stay_close(run, weights, limit):
     expected = HunyuanMoE.from_hf(run)(TOKENS)
     found = difference(HunyuanMoE.from_hf(run, weights=weights)(TOKENS), expected)
-    assert limit / 20 < found < limit
+    assert limit / 50 < found < limit
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -1,0 +1,32 @@
+"""How the parts of a weight are joined where they do not lie along its first axis."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+def join_leading(
+    weight: jax.Array,
+    place: int,
+    parts: int,
+    names: tuple[str, ...],
+    used: PartitionSpec,
+    constrain: Callable[[jax.Array, PartitionSpec], jax.Array],
+) -> jax.Array:
+    """Gathers along an axis of the parts' own, which leads, and then moves it where it belongs.
+
+    Parts arrive one behind the other. To join them along another axis XLA would have them in another order in memory,
+    and to that end copy the whole stack of layers before the loop over them.
+
+    Args:
+        place: of the axis that `names` split into `parts`.
+        used: the sharding when gathered.
+        constrain: states a sharding.
+    """
+    before, width, after = weight.shape[:place], weight.shape[place], weight.shape[place + 1 :]
+    leading_P = jnp.moveaxis(weight.reshape(*before, parts, width // parts, *after), place, 0)
+    for split in (names, None):
+        leading_P = constrain(leading_P, PartitionSpec(split, *used[:place], None, *used[place + 1 :]))
+    return jnp.moveaxis(leading_P, 0, place).reshape(weight.shape)
