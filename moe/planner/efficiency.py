@@ -14,7 +14,7 @@ from moe.planner.work import Run, Transfer
 from parallel.network.links import Links
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-"""Output tiles from which a library's product chooses (CUTLASS's default configurations)."""
+"""Output tiles from which a library's product chooses."""
 CUTS = (1, 2, 4, 8)
 """Parts into which a library cuts the contracted axis where tiles are few (split-K)."""
 PROLOGUE = 128
@@ -46,10 +46,11 @@ class Efficiency:
 
     Measured by others, or counted:
 
-    matmul_cool: as `matmul`, where power is no limit: 285 of an A100's 312 TFLOP/s for large products (CUTLASS's
-        profiler); assumed for H20, L20, RTX 4090 and V100 as well.
-    grouped: a grouped product's further share, against a plain product of equal shape: TransformerEngine's and
-        CUTLASS's lose about a tenth to the groups' borders and their scheduling.
+    matmul_cool: as `matmul`, where power is no limit. With an A100's last wave (`filling`, 0.95) it gives the 268 of
+        312 TFLOP/s measured (stas00/ml-engineering, compute/accelerator, Maximum Achievable Matmul FLOPS); assumed for
+        H20, L20, RTX 4090 and V100 as well.
+    grouped: a grouped product's further share, against a plain product of equal shape. Assumed: a tenth is lost at the
+        groups' borders and to their scheduling.
     grouped_tile: rows and columns of the grouped kernel's output tile, ours (moe/ops/grouped_matmul/triton.py); None
         for a library's, which chooses.
     attention: share of a product's rate that an attention's products reach, beside the exponentials.
@@ -162,7 +163,7 @@ def filling(
     batch, m, n, k = shape
     best = 0.0
     for rows, columns in tiles:
-        # A tile of half the area reads as many bytes again for each product: a tenth slower by CUTLASS's profiler.
+        # Assumed: a smaller tile reads its operands more often for each product.
         slower = 1.0 if rows * columns >= 256 * 128 else 0.95 if rows * columns >= 128 * 128 else 0.85
         slower = slower if len(tiles) > 1 else 1.0
         for parts in cuts:

@@ -123,17 +123,20 @@ def test_weights_are_gathered_for_each_use_and_their_gradients_summed():
     numbers = MODEL.num_experts // 2 * 512 * 1024
     (forward,) = (x for _, x in gate if not x.backward)
     (again,) = (x for _, x in gate if x.recomputed)
-    (summed,) = (x for _, x in gate if x.kind == "reduce-scatter")
+    (summed,) = (x for _, x in gate if x.backward and not x.recomputed)
     assert forward.axes == again.axes == summed.axes == ("data",)
     # 8 devices, 4 on each of 2 nodes: a ring's share leaves over 4 cards.
     assert (forward.inside, forward.across) == pytest.approx((numbers * 2 * 7 / 8, numbers * 2 * 4 / 8 / 4))
-    assert again.across == summed.across == forward.across
+    assert again.across == forward.across
+    assert (summed.kind, summed.across) == ("all-reduce", 2 * forward.across)
     assert all(times == MODEL.num_layers for times, _ in gate)
+    queries = next(x for _, x in work.transfers() if "sum.attention.w_q" in x.name)
+    assert queries.kind == "reduce-scatter"
 
 
 def test_with_copies_gradients_are_summed_whole():
     work = estimate_work(job(mesh=MeshConfig(replica=2, data=4, expert=2)), 8)
-    kinds = {x.kind for _, x in work.transfers() if x.backward and x.use == "experts"}
+    kinds = {x.kind for _, x in work.transfers() if x.backward and x.use == "attention"}
     assert kinds == {"all-reduce"}
 
 
