@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.overrides import check, settings, vary
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
 from moe.model.precision import Precision
@@ -49,6 +50,7 @@ class Experiment:
     name: of the run folder, runs/<name>.
     init_from: folder with the weights to start from: a checkpoint (moe/model/hf), a model folder or another run; None
         draws them at random.
+    lora: adapters that are trained beside attention's weights, all others frozen; None trains everything.
 
     Raises ConfigError where the parts do not fit together. Every part has checked itself before.
     """
@@ -63,6 +65,7 @@ class Experiment:
     precision: Precision = field(default_factory=Precision)
     execution: Execution = field(default_factory=Execution)
     init_from: str | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for path, setting in settings(self).items():
@@ -182,6 +185,7 @@ class Experiment:
         if mesh is None and (not alone or self.layout.on_host):
             mesh = make_mesh(self.mesh)
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh, self.layout)
+        steps, lora = self.training.steps, self.lora
         return make_blueprint(
-            self.model, self.precision, self.execution, self.optimizer, layout, steps=self.training.steps
+            self.model, self.precision, self.execution, self.optimizer, layout, steps=steps, lora=lora
         )

@@ -113,21 +113,25 @@ def asked_cluster(
     own = defined.get("cluster", Cluster(gpu_link=chip.link))
     if not isinstance(own, Cluster):
         raise ClusterError(f"cluster={own!r} in the experiment's file: give a Cluster (parallel/network/cluster.py)")
-    devices = experiment.mesh.num_devices
-    per_node = options.gpus_per_node or (own.gpus_per_node if "cluster" in defined else min(own.gpus_per_node, devices))
     given = {
-        "nodes": options.nodes or (own.nodes if "cluster" in defined else max(1, devices // per_node)),
-        "gpus_per_node": per_node,
+        "nodes": options.nodes,
+        "gpus_per_node": options.gpus_per_node,
         "nics_per_node": options.nics,
         "nic_rate": options.nic_rate,
         "fabric": options.fabric,
         "gpudirect": False if options.no_gpudirect else None,
     }
+    if "cluster" not in defined:
+        devices = experiment.mesh.num_devices
+        if options.gpus_per_node is None:
+            given["gpus_per_node"] = min(own.gpus_per_node, devices)
+        if options.nodes is None:
+            given["nodes"] = max(1, devices // max(1, given["gpus_per_node"]))
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
 def job_of(experiment: Experiment, kind: Kind) -> Job:
-    """The step of `experiment` to plan. Serving takes its batch at once."""
+    """The step of `experiment` to plan. Serving takes its batch at once, and weights with which adapters are merged."""
     training = experiment.training
     return Job(
         kind,
@@ -143,6 +147,7 @@ def job_of(experiment: Experiment, kind: Kind) -> Job:
         virtual_stages=training.virtual_stages if kind == "train" else 1,
         loss_chunk=training.loss_chunk,
         steps=training.steps,
+        lora=experiment.lora if kind == "train" else None,
     )
 
 
@@ -178,9 +183,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_experiment(command)
     command.add_argument("--chip", metavar="NAME", help=f"one of {', '.join(CHIPS)}, or the file's own `chip`")
-    command.add_argument(
-        "--kind", choices=get_args(Kind), default="train", help="which step: by default a whole one of training"
-    )
+    add_kind(command)
     add_cluster(command)
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures (moe/planner/plan_json.py)")
     command.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page with pictures")
@@ -195,6 +198,12 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--estimate", action="store_true", help="from the settings alone, without compiling: seconds, and less exact"
+    )
+
+
+def add_kind(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kind", choices=get_args(Kind), default="train", help="which step: by default a whole one of training"
     )
 
 

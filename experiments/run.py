@@ -169,8 +169,9 @@ def first_state(experiment: Experiment, blueprint: Blueprint) -> TrainState:
     if experiment.init_from is None:
         return blueprint.create_state(experiment.training.seed)
     pretrained = open_pretrained(Path(experiment.init_from))
-    params, _ = pretrained.load(blueprint.layout, experiment.precision.parameters)
-    return blueprint.state_from(params)
+    precision = experiment.precision
+    params, _ = pretrained.load(blueprint.layout, precision.stored_dtype, precision.quantized)
+    return blueprint.state_from(params, experiment.training.seed)
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -227,7 +228,7 @@ def show(experiment: Experiment, console: Console) -> None:
 
 def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Path, console: Console) -> None:
     """Says what is about to be trained, on what."""
-    count = count_parameters(experiment.model, blueprint.specs)
+    count = count_parameters(experiment.model, blueprint.model_specs)
     mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.sizes.items() if size > 1) or "1 device"
     layout, precision, told = experiment.layout, experiment.precision, data.statistics
     tokens = experiment.data.batch_size * experiment.data.sequence_length

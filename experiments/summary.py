@@ -14,6 +14,7 @@ from moe.serve.language_model import HunyuanMoE
 from moe.serve.vocabulary import open_vocabulary
 from moe.train.data import Data
 from moe.train.loop import Outcome
+from moe.train.lora import merged
 from moe.train.metrics import Record, read_metrics
 from moe.train.pictures import save_pictures
 from moe.train.run_folder import RunFolder, write_atomically
@@ -95,7 +96,9 @@ def _print_routing(record: Record, console: Console) -> None:
 
 def weights_to_sample(blueprint: Blueprint, outcome: Outcome) -> Weights | None:
     """The parameters, gathered in process 0 from the devices of all; None there if they are too many, and elsewhere."""
-    kept = (outcome.state.params, outcome.state.balance)
+    state = outcome.state
+    params = state.params if blueprint.lora is None else merged(state.params, state.frozen, blueprint.lora)
+    kept = (params, state.balance)
     if sum(x.nbytes for x in jax.tree.leaves(kept)) > LARGEST_SAMPLED:
         return None
     gathered: Any = gather_to_first(kept, blueprint.layout)

@@ -1,6 +1,7 @@
 """How the parts of a weight are joined where they do not lie along its first axis."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from jax.sharding import PartitionSpec
 def join_leading(
     weight: jax.Array,
     place: int,
-    parts: int,
-    names: tuple[str, ...],
+    sizes: Mapping[str, int],
+    names: str | tuple[str, ...],
     used: PartitionSpec,
     constrain: Callable[[jax.Array, PartitionSpec], jax.Array],
 ) -> jax.Array:
@@ -21,10 +22,11 @@ def join_leading(
     and to that end copy the whole stack of layers before the loop over them.
 
     Args:
-        place: of the axis that `names` split into `parts`.
+        place: of the axis that the mesh axes `names` split. sizes: of the mesh axes.
         used: the sharding when gathered.
         constrain: states a sharding.
     """
+    parts = math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
     before, width, after = weight.shape[:place], weight.shape[place], weight.shape[place + 1 :]
     leading_P = jnp.moveaxis(weight.reshape(*before, parts, width // parts, *after), place, 0)
     for split in (names, None):

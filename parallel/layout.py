@@ -55,10 +55,8 @@ class LayoutConfig:
     sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
         sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
         heads need not divide (moe/ops/attention/ring.py).
-    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts', from where the update
-        fetches one layer after the other (with mesh.stage above 1: all at once).
-    gradients: where those of the layers wait for the update: in the devices' memory, or in their hosts', where the
-        backward pass puts each layer's, in the parameters' format.
+    optimizer_states, gradients: where these wait for the update: in the devices' memory, or in their hosts', whence it
+        fetches one layer after the other (with mesh.stage above 1: all at once). Of gradients, only the layers' go there.
     """
 
     experts: tuple[str, ...] = ("expert",)
@@ -169,6 +167,11 @@ class Layout:
         """Inside `jax.shard_map` over `stage` alone: the layout over the other axes."""
         return replace(self, mesh=jax.sharding.get_abstract_mesh())
 
+    @property
+    def is_inner(self) -> bool:
+        """Whether it is a layout inside `jax.shard_map` over other axes, as of `on_each_stage`."""
+        return self.mesh is not None and bool(self.mesh.abstract_mesh.manual_axes)
+
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`jax.shard_map` over all axes, or inside another one over those that it leaves."""
         assert self.mesh is not None, "one device needs no shard_map"
@@ -178,8 +181,7 @@ class Layout:
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names=set(self._present(self.mesh.shape)),
-            # What a device does with its rows depends on it in ways the checker cannot follow; the equality tests
-            # stand in for it.
+            # The checker cannot follow what a device does with its rows; the equality tests stand in for it.
             check_vma=False,
         )
 
@@ -217,11 +219,9 @@ class Layout:
         return self._checked(axes, shape, self.stored_spec(axes, shape[0]))
 
     def divided(self, axes: str, shape: tuple[int, ...]) -> str:
-        """`axes` of an array that belongs to a weight, with "_", which is whole everywhere, for those of its own sizes
-        that do not divide as the weight's do."""
-        parts = tuple(self.sharded_spec(axes, shape[0])) + (None,) * len(axes)
-        fits = (size % self._size(_names(split)) == 0 for size, split in zip(shape, parts, strict=False))
-        return "".join(letter if fit else "_" for letter, fit in zip(axes, fits, strict=True))
+        """`axes` for an array of another shape, with "_", which stays whole, where that does not divide."""
+        parts = [self._size(split or ()) for split in self.sharded_spec(axes, shape[0])]
+        return "".join("_" if size % n else letter for letter, size, n in zip(axes, shape, parts, strict=True))
 
     def optimizer_state(self, axes: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """The sharding of what the optimizer keeps for a weight. Raises as `stored`."""
@@ -270,10 +270,11 @@ class Layout:
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
         """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
-        used, place = self.used_spec(axes), axes.find("D")
-        names = self.stored_spec(axes)[place] if place > 0 else None
-        if names is not None:
-            weight = join_leading(weight, place, self._size(names), names, used, self._constrain)
+        stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
+        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+        weight = self._constrain(weight, stored)
+        if place > 0 and (names := stored[place]):
+            weight = join_leading(weight, place, self.mesh.shape, names, used, self._constrain)
         return self._constrain(weight, used)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
@@ -298,9 +299,11 @@ class Layout:
         if self.config.zero < 2:
             return self.sum_over_batch(gradient)
         fsdp = self._present(FSDP_AXES)
-        if copies := tuple(axis for axis in self._token_axes if axis not in fsdp):
-            gradient = jax.lax.psum(gradient, copies)
-        return jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True) if fsdp else gradient
+        if fsdp:
+            gradient = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=axes.index("D"), tiled=True)
+        # The copies then sum their own parts alone.
+        copies = tuple(axis for axis in self._token_axes if axis not in fsdp)
+        return jax.lax.psum(gradient, copies) if copies else gradient
 
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the sum over `tensor`, on each of its devices."""
@@ -369,6 +372,7 @@ class Layout:
         return tuple(axis for axis in axes if axis in self.mesh.shape and axis not in outer)
 
     def _size(self, axes: Iterable[str]) -> int:
+        axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(self.mesh.shape[axis] for axis in self._present(axes)) if self.mesh else 1
 
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -378,20 +382,14 @@ class Layout:
         if self.mesh is None:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
-            names = _names(names)
-            parts = self._size(names)
-            if size % parts:
+            names = (names,) if isinstance(names, str) else names or ()
+            if size % (parts := self._size(names)):
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
                 raise LayoutError(
                     f"axis {letter} of w_{axes} has size {size}, which does not divide over {over} = {parts}: "
                     f"make it a multiple of {parts}, or use a mesh of {_at_most(size, parts)} along these axes"
                 )
         return NamedSharding(self.mesh, spec)
-
-
-def _names(split: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (split,) if isinstance(split, str) else split or ()
 
 
 def _at_most(size: int, limit: int) -> str:

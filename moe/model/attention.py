@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import Adapter, LoraConfig, Projection
 from moe.model.cache import GroupCache
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
@@ -70,6 +71,15 @@ class Attention(nnx.Module):
         if config.qk_norm != "none":
             self.q_norm_H = norm_scale("H", H, precision)
             self.k_norm_H = norm_scale("H", H, precision)
+        self.adapters: nnx.Dict = nnx.Dict()
+
+    def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
+        """Sets adapters beside the projections."""
+        weights = {"q": self.w_q_DNH, "o": self.w_o_NHD}
+        if self.projects_kv:
+            weights |= {"k": self.w_k_DMH, "v": self.w_v_DMH}
+        for name, weight in weights.items():
+            self.adapters[name] = Adapter(weight, config, precision, rngs=rngs)
 
     def __call__(
         self,
@@ -78,36 +88,61 @@ class Attention(nnx.Module):
         shared: SharedKeyValue | None,
         layout: Layout,
         cache: GroupCache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, SharedKeyValue]:
         """
         Args:
             shared: keys and values of the group's first layer; None in the first layer itself.
             cache: of the group, for its first layer: x_BTD goes on from the tokens in it, and a token's position is
                 its slot. None where x_BTD is all there is to see.
+            key: of this layer in this step, for the adapters' dropout.
 
         Returns:
             y_BTD in the compute format, and the keys and values for the layers that follow in the group.
         """
-        kv = self._project_kv(x_BTD, sight, layout) if self.projects_kv else shared
+        kv = self._project_kv(x_BTD, sight, layout, key) if self.projects_kv else shared
         assert kv is not None, "a layer without its own k and v follows the first of its group"
         if cache is not None and self.projects_kv:
             kv = SharedKeyValue(*cache.append(kv.k_BSMH, kv.v_BSMH, sight.positions_BT[:, 0]))
-        q_BTNH = self._queries(x_BTD, sight, layout)
+        q_BTNH = self._queries(x_BTD, sight, layout, key)
         if layout.rings and kv.cache is None:
             y_BTNH = self._round_the_ring(q_BTNH, kv, sight, layout)
         else:
             y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
         y_BTNH = layout.constrain(y_BTNH, "BTNH")
-        w_o_NHD = used(self.w_o_NHD, self.dtype, layout)
-        return layout.constrain(jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_o_NHD), "BTD"), kv
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, used(self.w_o_NHD, self.dtype, layout))
+        return layout.constrain(self._adapted(Projection.o, y_BTNH, y_BTD, layout, key), "BTD"), kv
+
+    def _adapted(
+        self, which: Projection, x: jax.Array, y: jax.Array, layout: Layout, key: jax.Array | None
+    ) -> jax.Array:
+        """y, the product of x, with what its adapter adds, where it has one."""
+        if which.name not in self.adapters:
+            return y
+        own_key = None if key is None else jax.random.fold_in(key, int(which))
+        return y + self.adapters[which.name](x, own_key, layout)
 
     def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
         # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
         # Where the queries are before the mask is made of them: that is larger.
         told_BT = layout.constrain(sight.segments_BT if kv.cache is None else sight.positions_BT, "BS")
         slots_BT, segments_BT = (None, told_BT) if kv.cache is None else (told_BT, None)
+        if kv.cache is not None and q_BTNH.shape[1] == kv.k_BSMH.shape[1]:
+            # They fill the cache, so each stands at its own place, and no mask is needed.
+            slots_BT = None
+        q_BSNH = layout.constrain(q_BTNH, "BSNH")
+        if layout.is_inner and kv.cache is None:
+            # Inside another shard_map cuDNN's call cannot be partitioned: each device is given its own part.
+            heads, keys, tokens = (layout.activation_spec(axes) for axes in ("BSNH", "BSMH", "BS"))
+
+            def attend(q_BSNH, k_BSMH, v_BSMH, segments_BS):
+                segments = {"segments_BT": segments_BS, "segments_BS": segments_BS}
+                return attention(q_BSNH, k_BSMH, v_BSMH, **segments, backend=self.backend)
+
+            on_each_device = layout.shard_map(attend, (heads, keys, keys, tokens), heads)
+            return on_each_device(q_BSNH, kv.k_BSMH, kv.v_BSMH, segments_BT)
         return attention(
-            layout.constrain(q_BTNH, "BSNH"),
+            q_BSNH,
             kv.k_BSMH,
             kv.v_BSMH,
             query_positions_BT=slots_BT,
@@ -126,9 +161,9 @@ class Attention(nnx.Module):
         ring = layout.shard_map(partial(ring_attention, axis=SEQUENCE_AXIS), (q, k, k, tokens), q)
         return ring(q_BTNH, kv.k_BSMH, kv.v_BSMH, sight.segments_BT)
 
-    def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> jax.Array:
-        w_q_DNH = used(self.w_q_DNH, self.dtype, layout)
-        q_BTNH = layout.constrain(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), "BTNH")
+    def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout, key: jax.Array | None) -> jax.Array:
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, used(self.w_q_DNH, self.dtype, layout))
+        q_BTNH = layout.constrain(self._adapted(Projection.q, x_BTD, q_BTNH, layout, key), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
         q_BTNH = apply_rope(q_BTNH, sight.rope)
@@ -137,10 +172,13 @@ class Attention(nnx.Module):
             q_BTNH *= self.k_norm_H[...].astype(self.dtype)
         return q_BTNH
 
-    def _project_kv(self, x_BTD: jax.Array, sight: Sight, layout: Layout) -> SharedKeyValue:
+    def _project_kv(self, x_BTD: jax.Array, sight: Sight, layout: Layout, key: jax.Array | None) -> SharedKeyValue:
         k_BTMH, v_BTMH = (
-            layout.constrain(jnp.einsum("BTD,DMH->BTMH", x_BTD, used(w, self.dtype, layout)), "BTMH")
-            for w in (self.w_k_DMH, self.w_v_DMH)
+            jnp.einsum("BTD,DMH->BTMH", x_BTD, used(w, self.dtype, layout)) for w in (self.w_k_DMH, self.w_v_DMH)
+        )
+        k_BTMH, v_BTMH = (
+            layout.constrain(self._adapted(which, x_BTD, y_BTMH, layout, key), "BTMH")
+            for which, y_BTMH in ((Projection.k, k_BTMH), (Projection.v, v_BTMH))
         )
         if self.qk_norm == "before_rope":
             k_BTMH = rms_norm(k_BTMH, self.k_norm_H[...].astype(self.dtype), self.eps)

@@ -14,6 +14,7 @@ from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import norm_scale
 from moe.model.precision import Precision
+from moe.model.randomness import Purpose, layer_key
 from moe.ops.norm import rms_norm
 from parallel.layout import Layout
 
@@ -58,7 +59,8 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             with jax.named_scope("norm"):
                 normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
-            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache)
+            drawn = None if key is None else layer_key(key, layer, Purpose.ADAPTER_DROPOUT)
+            y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache, drawn)
             x_BTD = layout.constrain(x_BTD + y_BTD, "BTD")
         with jax.named_scope("feed_forward"):
             with jax.named_scope("norm"):
@@ -99,6 +101,7 @@ class Group(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ) -> None:
+        self.in_turn = precision.quantized is not None
         self.blocks = nnx.List(
             Block(config, precision, execution, dense=is_dense, projects_kv=place == 0, rngs=rngs)
             for place, is_dense in enumerate(dense)
@@ -116,9 +119,19 @@ class Group(nnx.Module):
         shared, found, inputs = None, [], []
         for place, block in enumerate(self.blocks):
             inputs.append(x_BTD)
+            if self.in_turn:
+                x_BTD, block = _in_turn(x_BTD, block)
             x_BTD, shared, stats = block(x_BTD, sight, shared, first_layer + place, key, layout, cache)
             if stats is not None:
                 found.append(stats)
         assert shared is not None, "a group has at least one layer"
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None
         return GroupOutput(x_BTD, stacked, shared.cache, inputs)
+
+
+def _in_turn(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, Block]:
+    """A layer whose weights are not gathered and widened before x_BTD is there: XLA would do so for a whole group's, to
+    overlap it, and memory is what weights are quantized for."""
+    graph, weights = nnx.split(block)
+    x_BTD, weights = jax.lax.optimization_barrier((x_BTD, weights))
+    return x_BTD, nnx.merge(graph, weights)

@@ -32,14 +32,20 @@ def count_parameters(config: ModelConfig, specs: dict[str, Any]) -> ParameterCou
     return ParameterCount(total, total - routed + active_routed)
 
 
-def train_flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length: int) -> float:
+def train_flops_per_token(
+    config: ModelConfig, specs: dict[str, Any], sequence_length: int, *, frozen: bool = False
+) -> float:
     """Model FLOPs of one token's forward and backward pass, without recomputation.
 
     6 per active parameter of a matrix product (the embedding's lookup is none; a tied head is one), and for causal
     attention 12 · L · N · H · T / 2, as PaLM counts them (arXiv 2204.02311, appendix B), halved for causality.
+
+    Args:
+        frozen: whether the parameters have no gradients, which saves a third of their FLOPs; adapters beside them are
+            not counted.
     """
     sizes = _by_kind(specs)
     lookup = sizes["embedding"] if not config.tie_embeddings else 0
     in_products = count_parameters(config, specs).active - sizes.get("norm", 0) - lookup
     attention = 6 * config.num_layers * config.num_heads * config.head_dim * sequence_length
-    return float(6 * in_products + attention)
+    return float((4 if frozen else 6) * in_products + attention)

@@ -55,12 +55,14 @@ def norm_scale(axis: str, size: int, precision: Precision) -> nnx.Param:
 
 
 def quantized(values: jax.Array, axes: str, format: Quantized) -> QuantizedWeight:
-    """A matrix in a quantized format; `axes` are its own, without L.
-
-    A product sums over D, and where D is its output, over all other axes but E.
-    """
-    summed = "D" if axes[-1] != "D" else axes[:-1].removeprefix("E")
+    """A matrix in a quantized format; `axes` are its own, without L."""
+    summed = summed_axes(axes)
     return quantize(values, format, tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed))
+
+
+def summed_axes(axes: str) -> str:
+    """What a product with a weight sums over: D, and where D is its output, all other axes but E."""
+    return "D" if axes[-1] != "D" else axes[:-1].removeprefix("E")
 
 
 def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
@@ -73,16 +75,32 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:
-    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along an
-    axis on which there are too few of them to be shared out."""
+    """`place` of each array of a weight, with the letters of its axes: scales lie as their values do, but whole along
+    an axis on which there are too few of them to be shared out."""
     if not isinstance(weight, QuantizedWeight):
         return place(weight, axes)
     scales = place(weight.scales, layout.divided(axes, weight.scales.shape))
     return replace(weight, values=place(weight.values, axes), scales=scales)
 
 
-def specs_of(model: nnx.Module) -> dict[str, Any]:
-    """The specs of a model's parameters (abstract or real), as nested dicts with the model's own names."""
+def stored(values: dict[str, Any], specs: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Where parameters live at rest, like `values`, which may be abstract. On a mesh.
+
+    Raises:
+        LayoutError: a parameter does not divide over the mesh.
+    """
+
+    def where(spec: ParameterSpec, weight: Any) -> Any:
+        return placed(weight, spec.axes, layout, lambda x, axes: layout.stored(axes, x.shape))
+
+    return jax.tree.map(where, specs, values, is_leaf=lambda x: isinstance(x, ParameterSpec))
+
+
+def specs_of(model: nnx.Module, which: Any = nnx.Param) -> dict[str, Any]:
+    """The specs of a model's parameters (abstract or real), as nested dicts with the model's own names.
+
+    which: of them, as `nnx.state` takes it.
+    """
 
     def spec(param: nnx.Param) -> ParameterSpec:
         value = param.get_value()
@@ -90,5 +108,5 @@ def specs_of(model: nnx.Module) -> dict[str, Any]:
         stacked = value.ndim > len(axes)
         return ParameterSpec(value.shape, value.dtype, "L" + axes if stacked else axes, param.get_metadata("kind"))
 
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model, which)
     return nnx.to_pure_dict(jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Param)))

@@ -12,8 +12,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
-from moe.model.parameter import ParameterSpec
+from moe.model.parameter import QUANTIZED_KINDS, ParameterSpec, placed, quantized
 from moe.model.transformer import layer_groups
+from moe.ops.quantize import Quantized
 from parallel.layout import Layout
 
 Path = tuple[str | int, ...]
@@ -85,6 +86,7 @@ def load(
     specs: dict[str, Any],
     layout: Layout,
     dtype: DTypeLike | None = None,
+    format: Quantized | None = None,
 ) -> dict[str, Any]:
     """The parameters as nested dicts of arrays, each device taking its part of one piece after the other.
 
@@ -93,6 +95,7 @@ def load(
 
     Args:
         dtype: of the arrays; None as stored.
+        format: of matrices that can be quantized, each piece as it arrives; None to leave them.
 
     Raises:
         WeightsError: a piece is missing or damaged.
@@ -103,7 +106,8 @@ def load(
     for piece in pieces(config, specs):
         if piece.path not in stacked:
             stored = source.dtype(piece) if dtype is None else dtype
-            stacked[piece.path] = _Stacked(by_path[piece.path], layout, stored)
+            spec = by_path[piece.path]
+            stacked[piece.path] = _Stacked(spec, layout, stored, format if spec.kind in QUANTIZED_KINDS else None)
         stacked[piece.path].take(piece, source)
     tree: dict[Any, Any] = {}
     for path, array in stacked.items():
@@ -115,37 +119,67 @@ def load(
 
 
 class _Stacked:
-    """One stacked parameter while its pieces arrive: a buffer on each device that keeps a part of it."""
+    """One stacked parameter while its pieces arrive: of one array, or of two where it is quantized."""
 
-    def __init__(self, spec: ParameterSpec, layout: Layout, dtype: DTypeLike) -> None:
-        self.shape, self.dtype = spec.shape, jnp.dtype(dtype)
-        self.sharding: Sharding = layout.stored(spec.axes, spec.shape) or SingleDeviceSharding(jax.devices()[0])
+    def __init__(self, spec: ParameterSpec, layout: Layout, dtype: DTypeLike, format: Quantized | None) -> None:
+        self.dtype, self.format = jnp.dtype(dtype), format
+        stack = jax.ShapeDtypeStruct(spec.shape, self.dtype)
+        abstract = jax.eval_shape(lambda values: self._stored(values, spec.axes.removeprefix("L")), stack)
+        self.arrays = placed(abstract, spec.axes, layout, lambda x, axes: _Buffers(x, layout.stored(axes, x.shape)))
+
+    def take(self, piece: Piece, source: Source) -> None:
+        """Reads a piece, if a device here keeps a part of it, and puts it in its place."""
+        arrays = jax.tree.leaves(self.arrays)
+        if any(array.keeps(piece) for array in arrays):
+            values = jax.tree.leaves(self._stored(source.read(piece), piece.axes))
+            for array, part in zip(arrays, values, strict=True):
+                array.take(piece, part)
+
+    def whole(self) -> Any:
+        return jax.tree.map(_Buffers.whole, self.arrays)
+
+    def _stored(self, values: Any, axes: str) -> Any:
+        if self.format is None:
+            return values.astype(self.dtype)
+        return jax.jit(quantized, static_argnums=(1, 2))(jnp.asarray(values), axes, self.format)
+
+
+class _Buffers:
+    """One array while its pieces arrive: a buffer on each device that keeps a part of it."""
+
+    def __init__(self, array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> None:
+        self.shape = array.shape
+        self.sharding: Sharding = sharding or SingleDeviceSharding(jax.devices()[0])
         self.parts = {
-            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), spec.shape, strict=True))
-            for device, index in self.sharding.addressable_devices_indices_map(spec.shape).items()
+            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), self.shape, strict=True))
+            for device, index in self.sharding.addressable_devices_indices_map(self.shape).items()
         }
         self.buffers = {
-            device: jnp.zeros([stop - start for start, stop in part], self.dtype, device=device)
+            device: jnp.zeros([stop - start for start, stop in part], array.dtype, device=device)
             for device, part in self.parts.items()
         }
 
-    def take(self, piece: Piece, source: Source) -> None:
-        """Reads a piece and puts each device's part of it in its place."""
-        values = None
+    def keeps(self, piece: Piece) -> bool:
+        return any(_holds(part, piece) for part in self.parts.values())
+
+    def take(self, piece: Piece, values: Any) -> None:
+        """Puts each device's part of a piece in its place."""
+        values = np.asarray(values)
         for device, part in self.parts.items():
-            leading = list(zip(piece.index, part, strict=False))
-            if not all(start <= i < stop for i, (start, stop) in leading):
-                continue
-            if values is None:
-                values = source.read(piece)
-            own = values[tuple(slice(start, stop) for start, stop in part[len(piece.index) :])]
-            own = own.astype(self.dtype).reshape((1,) * len(piece.index) + own.shape)
-            at = [i - start for i, (start, _) in leading] + [0] * len(piece.shape)
-            self.buffers[device] = _put(self.buffers[device], jax.device_put(own, device), at)
+            if _holds(part, piece):
+                own = values[tuple(slice(start, stop) for start, stop in part[len(piece.index) :])]
+                own = own.reshape((1,) * len(piece.index) + own.shape)
+                at = [i - start for i, (start, _) in zip(piece.index, part, strict=False)] + [0] * len(piece.shape)
+                self.buffers[device] = _put(self.buffers[device], jax.device_put(own, device), at)
 
     def whole(self) -> jax.Array:
         buffers = list(self.buffers.values())
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
+
+
+def _holds(part: tuple[tuple[int, int], ...], piece: Piece) -> bool:
+    """Whether a device that keeps `part` of a stacked parameter keeps any of a piece."""
+    return all(start <= i < stop for i, (start, stop) in zip(piece.index, part, strict=False))
 
 
 @jax.jit(donate_argnums=0)

@@ -21,10 +21,10 @@ class Precision:
     gradients: in which gradients are accumulated over microbatches and reduced over devices.
     exchange: rows on the wire between devices of the expert axis.
     frozen: in which parameters that nothing trains are stored, those of a model that serves or lies beneath LoRA; None
-        as `parameters`. The quantized formats (moe/ops/quantize.py) are for the matrices of attention, experts and dense
-        layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as they are
-        stored and widened for their one use. In training set execution.remat as well: what is not computed again in the
-        backward pass is kept wide.
+        as `parameters`. The quantized formats (moe/ops/quantize.py) are for the matrices of attention, experts and
+        dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
+        they are stored and widened for their one use. In training set execution.remat as well: what is not computed
+        again in the backward pass is kept wide.
     """
 
     parameters: Format = "float32"

@@ -13,6 +13,8 @@ class Purpose(IntEnum):
     RECYCLE = 1
     STEP = 2
     EVALUATE = 3
+    ADAPTERS = 4
+    ADAPTER_DROPOUT = 5
 
 
 def run_key(seed: int, purpose: Purpose) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig
 from moe.model.attention import Sight
 from moe.model.block import Group
 from moe.model.cache import KVCache
@@ -97,6 +98,12 @@ class Transformer(nnx.Module):
             cache,
             jnp.concatenate(inputs) if keep_layer_inputs else None,
         )
+
+    def adapt(self, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+        """Sets low-rank adapters beside the projections of every layer's attention."""
+        for stack in self.stacks:
+            for block in stack.blocks:
+                block.attention.adapt(config, self.precision, rngs=rngs)
 
     def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
         """What each token may look at; None as in `__call__`."""

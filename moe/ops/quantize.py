@@ -4,7 +4,7 @@
 |---|---|---|---|
 | int8 | whole numbers -127 … 127 | an output column | LLM.int8 (arXiv 2208.07339, eq. 3) |
 | fp8 | float8 e4m3, to 448 | an output column | arXiv 2209.05433 |
-| int4 | whole numbers -8 … 7, kept as 0 … 15 | 128 inputs of a column | GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978) |
+| int4 | whole numbers -8 … 7, kept as 0 … 15 | 128 inputs of a column | GPTQ (arXiv 2210.17323 §4), AWQ (2306.00978) |
 | nf4 | 16 quantiles of the normal distribution | 64 inputs of a column | QLoRA (arXiv 2305.14314, appendix E) |
 
 All are symmetric: without zero points. int4's scale is the largest magnitude / 7.5, so that all 16 values are used

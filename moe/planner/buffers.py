@@ -19,6 +19,7 @@ LARGEST = 40
 """Buffers that `Memory.largest` names."""
 POINTS = 400
 """Places of `Memory.over_program`."""
+LOSS = "moe/train/loss.py"
 HOST_COLOR = "color 5"
 """How the assignment marks an allocation in the host's memory (xla/layout.h, Layout::kHostMemorySpace)."""
 
@@ -38,9 +39,13 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Allocation:
-    """kind: "argument", "block", "constant", "thread" or "result"."""
+    """
+    kind: "argument", "block", "constant", "thread" or "result".
+    number: of the argument.
+    """
 
     kind: str
+    number: int
     size: int
     host: bool
     values: tuple[_Value, ...]
@@ -85,7 +90,7 @@ def _allocations(text: str, lifetimes: dict[tuple[str, str], tuple[int, int]]) -
     for line in [*text.splitlines(), "allocation 0: size 0:"]:
         if match := _ALLOCATION.match(line):
             if head is not None:
-                found.append(_Allocation(_kind(head[2]), int(head[1]), HOST_COLOR in head[2], tuple(values)))
+                found.append(_allocation(head, values))
             head, values = match, []
         elif match := _VALUE.match(line):
             name, index, size, offset, shape = match.groups()
@@ -95,13 +100,13 @@ def _allocations(text: str, lifetimes: dict[tuple[str, str], tuple[int, int]]) -
     return found
 
 
-def _kind(description: str) -> str:
-    if ", parameter " in description:
-        return "argument"
-    for word, kind in (("preallocated-temp", "block"), ("constant", "constant"), ("thread-local", "thread")):
-        if word in description:
-            return kind
-    return "result"
+def _allocation(head: re.Match[str], values: list[_Value]) -> _Allocation:
+    size, description = int(head[1]), head[2]
+    number = re.search(r", parameter (\d+),", description)
+    words = {"preallocated-temp": "block", "constant": "constant", "thread-local": "thread"}
+    kind = next((kind for word, kind in words.items() if word in description), "result")
+    kind = "argument" if number else kind
+    return _Allocation(kind, int(number[1]) if number else 0, size, HOST_COLOR in description, tuple(values))
 
 
 def _lifetimes(text: str) -> dict[tuple[str, str], tuple[int, int]]:
@@ -156,7 +161,8 @@ class _Naming:
 
     weights: dimensions of the parameters, whole and of one device, of all layers and of one; sizes of 1 left out, in
         ascending order, for XLA permutes them.
-    turn: place in the schedule where the backward pass begins.
+    turn: place in the schedule where the backward pass begins: amid the loss's instructions, of which XLA moves a few to
+        earlier or later places.
     """
 
     module: Module
@@ -173,20 +179,21 @@ class _Naming:
                 for dims in (each.shape.dims, _whole(each)):
                     weights |= {_unordered(dims), _unordered(dims[1:])}
         schedule = re.findall(r"^    (\d+):(\S+)$", lifetimes, re.MULTILINE)
-        backward = (
-            int(place) for place, name in schedule if name in instructions and _is_backward(instructions[name].op_name)
-        )
-        return cls(module, instructions, frozenset(filter(None, weights)), min(backward, default=len(schedule)))
+        of_loss = [
+            int(place)
+            for place, name in schedule
+            if name in instructions and module.source(instructions[name]).startswith(LOSS)
+        ]
+        turn = of_loss[len(of_loss) // 2] if of_loss else len(schedule)
+        return cls(module, instructions, frozenset(filter(None, weights)), turn)
 
     def resident(self, allocation: _Allocation) -> Buffer:
         """Of an argument, a result or a constant."""
-        if not allocation.values:
-            return Buffer(allocation.size, "temporaries", "", allocation.kind, "")
-        value = allocation.values[0]
-        if allocation.kind != "argument":
-            return Buffer(allocation.size, "temporaries", value.shape, value.name, "")
-        path = self.instructions[value.name].op_name
-        return Buffer(allocation.size, _argument_part(path), value.shape, path or value.name, "")
+        if allocation.kind == "argument":
+            given = self.module.entry.parameters[allocation.number]
+            return Buffer(allocation.size, _argument_part(given.op_name), str(given.shape), given.op_name, "")
+        (shape, name), *_ = [(each.shape, each.name) for each in allocation.values] or [("", allocation.kind)]
+        return Buffer(allocation.size, "temporaries", shape, name, "")
 
     def moving(self, block: list[_Value], place: int) -> list[Buffer]:
         """What lives in the block at a place of the schedule; values that are updated in place as one."""
@@ -218,7 +225,7 @@ class _Naming:
         path = instruction.op_name
         source = self._source(instruction)
         if _unordered(parse_shape(value.shape).dims) in self.weights:
-            is_gradient = _is_backward(path) or source.startswith("moe/train/loss.py") and value.shape.startswith("f32")
+            is_gradient = _is_backward(path) or source.startswith(LOSS) and value.shape.startswith("f32")
             return "gradients" if is_gradient else "temporaries"
         begin, end = min(each.begin for each in values), max(each.end for each in values)
         return "activations" if begin < self.turn <= end and not _is_backward(path) else "temporaries"
@@ -273,7 +280,7 @@ def _argument_part(path: str) -> Part:
     path = path.removeprefix("state.")
     if path.startswith("opt_state"):
         return "optimizer_states"
-    if path.startswith(("params", "balance")):
+    if path.startswith(("params", "balance", "frozen")):
         return "parameters"
     return "cache" if path.startswith("cache") else "batch"
 

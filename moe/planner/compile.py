@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,9 @@ def _unpacked(file: Path) -> str:
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last exception's line; XLA writes a stack behind it."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines
     return lines[-1] if lines else f"the compiler's process ended with exit code {done.returncode}"
 
 

@@ -4,10 +4,13 @@ What XLA's passes have done is counted as it stands: a loop unrolled for double 
 with two bodies, and a turn peeled off stands before it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe.ops.attention.chunked import BLOCK
 from moe.planner.hlo import HOST_MEMORY, Computation, Instruction, Module, Shape, parse
+from moe.planner.job import Job
 from moe.planner.kernels import CountError, Kernels
 from moe.planner.scopes import purpose
 from moe.planner.traffic import FREE, traffic
@@ -30,9 +33,9 @@ def count(
     Args:
         text: HLO, after optimization and scheduling.
         routed_rows: that one grouped product works on, and one ragged exchange sends, in the mean when the router is
-            even; None: as many as the buffers hold (see `Kernels`).
+            even (`moe.planner.routing.routed_rows`); None: as many as the buffers hold.
         key_blocks: turns, in the mean, of loops in the attention whose number XLA does not know: those of chunked
-            attention over keys.
+            attention over keys (`key_blocks`).
 
     Raises:
         HloError: the text cannot be read.
@@ -41,6 +44,18 @@ def count(
     module = parse(text)
     counter = _Counter(module, Kernels(module, routed_rows), Fabric(mesh, devices_per_node), routed_rows, key_blocks)
     return Work(tuple(counter.events(module.entry)), "compiled")
+
+
+def key_blocks(job: Job) -> float:
+    """Blocks of keys that chunked attention meets for a block of queries, in the mean, where a document fills the
+    sequence: half of them for causality, and all that a cache holds in decoding. Where a ring goes round, in each of
+    its chunks."""
+    if job.kind == "decode":
+        return math.ceil(job.sequence_length / BLOCK)
+    # moe/ops/attention/ring.py cuts the sequence into two chunks for each device.
+    chunks = 2 * job.mesh.sequence if job.layout.sequence == "ring" and job.mesh.sequence > 1 else 1
+    blocks = chunks * math.ceil(job.sequence_length / chunks / BLOCK)
+    return (blocks + 1) / 2 / chunks
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ class _Counter:
             return None
         moved = traffic(self.module, computation, each)
         if result:
-            return to_host("to-host", moved.written)
+            return to_host("to-host", _result(each).bytes if each.opcode == "copy-start" else moved.written)
         return to_host("to-device", sum(size for size, host in zip(moved.read, operands, strict=True) if host))
 
     def _transfer(self, computation: Computation, each: Instruction, journey: Journey) -> Transfer:

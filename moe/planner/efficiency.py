@@ -33,33 +33,53 @@ on an A100, 2.7 on an H20."""
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of peak, each with how it was obtained. Shapes and chips modify them in the functions below.
+    """Shares of peak, the same for every chip; shapes and the chip's own figures modify them in the functions below.
 
-    matmul: a large product's share of the tensor cores' peak on a chip that power throttles.
-    matmul_cool: the same where power does not.
-    grouped: a grouped product's further share, against a plain product of equal shape.
-    grouped_tile: rows and columns of the output tile of the grouped kernel; None for a library's, which chooses.
+    Fitted on published training speeds, all of H100s (`python -m moe.planner.calibrate`):
+
+    matmul: a large product's share of the tensor cores' peak, on a chip that lowers its clock under products.
     memory: of the memory's bandwidth, reached by kernels that only move numbers.
-    inside, across: of a link's rate, reached by a collective.
-    host: of the PCIe rate, reached by copies to the host.
-    launch: seconds between one kernel's end and the next one's beginning.
-    attention_exposed: share of an attention's exponentials that products do not hide; backward as well.
-    attention_backward: further share of the peak in the backward pass.
-    error: relative, of a predicted step: the largest of leave-one-out.
+    inside, across: of a link's rate, reached by a collective inside a node, and across nodes.
+    busy: share of the time of arithmetic in which the device has work. In the rest it waits for a host that launches
+        the kernels one by one: fitted for eager PyTorch (`calibrate.predict_row`), 1 for a compiled program.
+    error: relative, of a predicted speed: the largest one of leave-one-out.
+
+    Measured by others, or counted:
+
+    matmul_cool: as `matmul`, where power is no limit: 285 of an A100's 312 TFLOP/s for large products (CUTLASS's
+        profiler); assumed for H20, L20, RTX 4090 and V100 as well.
+    grouped: a grouped product's further share, against a plain product of equal shape: TransformerEngine's and
+        CUTLASS's lose about a tenth to the groups' borders and their scheduling.
+    grouped_tile: rows and columns of the grouped kernel's output tile, ours (moe/ops/grouped_matmul/triton.py); None
+        for a library's, which chooses.
+    attention: share of a product's rate that an attention's products reach, beside the exponentials.
+    attention_exposed, attention_exposed_backward: what products do not hide, of a score: exponentials, and in the
+        backward pass what softmax's gradient and its sums cost in their place. With both an H100 reaches 580 TFLOP/s
+        forward and 430 backward, as FlashAttention-3 does for causal heads of 128 at 4K (arXiv 2407.08608, figures 5
+        and 6), and an A100 190 backward, as FlashAttention-2 (arXiv 2307.08691, figure 6).
+    attention_scores: scores computed for each that the mask lets through. Ours are 2: the call to cuDNN is given its
+        mask, with the documents, as an array, so no block is skipped; a kernel that knows of causality has 1.
+    host: of the PCIe rate, reached by copies to the host: 25 of 32 GB/s with pinned memory on PCIe 4.
+    launch: seconds between one kernel's end and the next one's beginning on a stream.
+    parallel_links: whether collectives inside nodes and across them have a stream each. XLA gives all of them one.
     """
 
-    matmul: float = 0.75
+    matmul: float = 0.735
+    memory: float = 0.849
+    inside: float = 0.802
+    across: float = 0.846
+    busy: float = 1.0
+    error: float = 0.14
     matmul_cool: float = 0.92
     grouped: float = 0.9
     grouped_tile: tuple[int, int] | None = (64, 128)
-    memory: float = 0.85
-    inside: float = 0.8
-    across: float = 0.85
+    attention: float = 1.0
+    attention_exposed: float = 0.75
+    attention_exposed_backward: float = 5.0
+    attention_scores: float = 2.0
     host: float = 0.8
     launch: float = 3e-6
-    attention_exposed: float = 0.75
-    attention_backward: float = 0.85
-    error: float = 0.15
+    parallel_links: bool = False
 
 
 CALIBRATED = Efficiency()
@@ -98,13 +118,19 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
     if run.kind == "grouped_matmul":
         return run.flops / (ceiling * efficiency.grouped * _grouped_rate(run, chip, efficiency, rate))
     if run.kind == "attention":
-        width = run.shape[3] if run.shape else HEAD_WIDTH
-        exponentials = run.flops / (4 * width) / (2.5 if run.backward else 1.0)
-        if run.backward:
-            ceiling *= efficiency.attention_backward
-        exposed = exponentials * efficiency.attention_exposed / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
-        return run.flops / (rate * ceiling) + exposed
+        flops = run.flops * efficiency.attention_scores
+        exponentials = flops * _exposed_scores(run, efficiency) / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
+        return flops / (rate * ceiling * efficiency.attention) + exponentials
     return run.flops / (chip.fp32 * efficiency.memory)
+
+
+def _exposed_scores(run: Run, efficiency: Efficiency) -> float:
+    """Exponentials that products do not hide, for each of the attention's FLOPs: a score takes two products of the
+    head's width, and five in the backward pass."""
+    width = run.shape[3] if run.shape else HEAD_WIDTH
+    if run.backward and not run.recomputed:
+        return efficiency.attention_exposed_backward / (10 * width)
+    return efficiency.attention_exposed / (4 * width)
 
 
 def _grouped_rate(run: Run, chip: Chip, efficiency: Efficiency, rate: float) -> float:

@@ -63,6 +63,7 @@ def dense_twin(model: ModelConfig, active: int, tokens: float) -> ModelConfig:
     routers = moe_layers * model.d_model * model.num_experts
     width = (wanted - (active - networks - routers)) / (3 * model.d_model * layers)
     return replace(
-        model, num_experts=0, num_shared_experts=0, num_dense_layers=0, d_expert=0, d_dense=round(width / ROUND) * ROUND,
+        model, num_experts=0, num_shared_experts=0, num_dense_layers=0, d_expert=0,
+        d_dense=round(width / ROUND) * ROUND,
         router=replace(model.router, top_k=1, capacity_factor=None, overflow="drop"),
     )  # fmt: skip

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
-from moe.planner.estimate_layer import Layer, alone, beside
+from moe.planner.estimate_layer import Layer, alone, together
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
-from moe.planner.work import Event, Loop, Run, Transfer, TransferKind, Use, Work
+from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
 from parallel.pipeline import Schedule
 
 ADAM_PASSES = 7
@@ -52,9 +52,11 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        if self.layers[0].how.hides_gathers:
-            return _together(gathers, kernels)
-        return tuple(event for gather in gathers for event in alone(gather)) + tuple(kernels)
+        # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
+        late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
+        early = (event for gather in gathers if gather not in late for event in alone(gather))
+        widened = (run for layer in self.layers for run in layer.widened(backward=recomputed))
+        return (*widened, *early, *together(late, kernels))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""
@@ -68,24 +70,23 @@ class Group:
         inside = float(numbers * sizes.compute)
         return list(alone(Transfer("kept." + kind, "other", kind, (), 1, 1, inside, 0.0, backward=kind == "to-device")))
 
-    def backward(self, remat: str, sums: bool) -> tuple[Event, ...]:
+    def backward(self, remat: str, sums: int) -> tuple[Event, ...]:
         layers = [event for layer in reversed(self.layers) for event in layer.backward(sums)]
         if remat == "none":
             return tuple(layers)
         again = self.forward(recomputed=True)
         if remat == "full":
             return again + tuple(layers)
-        # What is kept are the products with weights outside the experts.
-        again = tuple(event for event in again if not (isinstance(event, Run) and event.kind == "matmul"))
+        again = tuple(event for event in again if not _kept(event))
         return (*(self.kept("to-device") if remat == "matmuls_on_host" else ()), *again, *layers)
 
 
-def _together(transfers: list[Transfer], kernels: list[Event]) -> tuple[Event, ...]:
-    """All transfers begin before the kernels, and end after them."""
-    events: tuple[Event, ...] = tuple(kernels)
-    for transfer in transfers:
-        events = beside(transfer, *events)
-    return events
+def _kept(event: Event) -> bool:
+    """Whether it makes what `remat` "matmuls" keeps: outputs of products with weights outside the experts."""
+    if isinstance(event, Run):
+        return event.kind == "matmul"
+    name = event.transfer.name if isinstance(event, Start) else event.name if isinstance(event, Wait) else ""
+    return "scatter_stream" in name and "experts" not in name
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,23 @@ class _Step:
         if job.mesh.stage > 1:
             yield from self._pipelined()
         else:
-            one = (*self._embedding(), *self._forward(), *self._head(), *self._backward())
-            yield from one if job.microbatches == 1 else (Loop(job.microbatches, one),)
+            each, last = (
+                (*self._embedding(), *self._forward(), *self._head(), *self._backward(sums))
+                for sums in (self._sums_of_each, self._sums_of_last)
+            )
+            if job.microbatches > 1:
+                yield Loop(job.microbatches - 1, each)
+            yield from last
         yield from self._optimizer()
+
+    @property
+    def _sums_of_each(self) -> int:
+        """Bytes of a number of the gradients that are summed in every microbatch, but the last."""
+        return 0 if self.how.sums_once else self.sizes.compute
+
+    @property
+    def _sums_of_last(self) -> int:
+        return 4 if self.how.sums_once else self.sizes.compute
 
     def serving(self) -> Iterator[Event]:
         yield from self._embedding()
@@ -130,47 +145,64 @@ class _Step:
         for group, repeat in self.groups():
             yield Loop(repeat, (*group.forward(), *(group.kept("to-host") if on_host else ())))
 
-    def _backward(self) -> Iterator[Event]:
+    def _backward(self, sums: int) -> Iterator[Event]:
         for group, repeat in reversed(self.groups()):
-            yield Loop(repeat, group.backward(self.job.execution.remat, not self.how.sums_once))
+            yield Loop(repeat, group.backward(self.job.execution.remat, sums))
 
     def _pipelined(self) -> Iterator[Event]:
         """One chunk a tick, forward and backward; ticks in which a stage idles are computed like all others
         (parallel/pipeline.py)."""
         job, s = self.job, self.sizes
         schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-        chunks = job.mesh.stage * job.virtual_stages
-        groups = [(group, repeat / chunks) for group, repeat in self.groups()]
+        groups = self._of_one_chunk(job.mesh.stage * job.virtual_stages)
         handed = float(s.stream * s.model.d_model * s.compute)
         onward, back = (
             s.transfer(f"stage.{way}", "other", "collective-permute", ("stage",), handed, backward=way == "back")
             for way in ("onward", "back")
         )
-        forward = (*self._embedding(), *(Loop(repeat, group.forward()) for group, repeat in groups), *alone(onward))
-        remat = job.execution.remat
+        layers: tuple[Event, ...] = tuple(Loop(repeat, group.forward()) for group, repeat in groups)
         again = tuple(Loop(repeat, group.forward(recomputed=True)) for group, repeat in groups)
-        backward = (
-            *(again if self.how.stages_recompute else ()),
-            *(Loop(repeat, group.backward(remat, not self.how.sums_once)) for group, repeat in reversed(groups)),
-            *alone(back),
+        each, last = (
+            (
+                *(again if self.how.lockstep else ()),
+                *(Loop(repeat, group.backward(job.execution.remat, sums)) for group, repeat in reversed(groups)),
+            )
+            for sums in (self._sums_of_each, self._sums_of_last)
         )
-        yield Loop(schedule.forward_ticks, forward)
+        yield Loop(schedule.forward_ticks, self._handing((*self._embedding(), *layers), onward))
         yield Loop(job.microbatches, tuple(self._head()))
-        yield Loop(schedule.forward_ticks, backward)
+        yield Loop(schedule.forward_ticks - job.virtual_stages, self._handing(each, back))
+        yield Loop(job.virtual_stages, self._handing(last, back))
+
+    def _handing(self, events: tuple[Event, ...], transfer: Transfer) -> tuple[Event, ...]:
+        return together([transfer], events) if self.how.hides_stages else (*events, *alone(transfer))
+
+    def _of_one_chunk(self, chunks: int) -> list[tuple[Group, float]]:
+        """Groups of layers of which every stage computes so many in a tick."""
+        groups = self.groups()
+        longest = max(repeat for _, repeat in groups)
+        return [
+            (group, repeat if self.how.lockstep and repeat != longest else repeat / chunks) for group, repeat in groups
+        ]
 
     def _embedding(self) -> Iterator[Event]:
         s = self.sizes
         yield from alone(self._gather("embedding", s.stored))
+        if self.how.whole_table and self.job.kind == "train":
+            table = s.model.vocab_size * s.model.d_model * s.stored
+            yield from alone(s.transfer("gather.embedding.tensor", "embedding", "all-gather", ("tensor",), table))
         yield s.pass_over("lookup", "embedding", s.tokens * s.model.d_model, 3)
 
     def _head(self) -> Iterator[Event]:
         """Loss and its gradients, chunk by chunk (moe/train/loss.py)."""
         s, job, D = self.sizes, self.job, self.sizes.model.d_model
         V = s.model.vocab_size // s.tensor
-        length = s.length // s.over("sequence", "stage")
+        length = s.length // s.over("sequence", *(("stage",) if self.how.deals_head else ()))
         chunk = min(job.loss_chunk, length)
         m = s.sequences * chunk
+        stream = float(s.sequences * length * D * s.compute)
         yield from alone(self._gather("head", s.compute))
+        yield from alone(s.transfer("gather.hidden", "head", "all-gather", ("tensor",), stream))
         yield Loop(
             math.ceil(length / chunk),
             (
@@ -181,6 +213,7 @@ class _Step:
                 s.product("dhidden", "head", m, D, V, backward=True),
             ),
         )
+        yield from alone(s.transfer("scatter.hidden", "head", "reduce-scatter", ("tensor",), stream, backward=True))
         if not self.how.sums_once:
             yield from self._sums_of_tables()
 
@@ -191,52 +224,49 @@ class _Step:
         copies = tuple(axis for axis in s.token_axes if axis not in s.fsdp)
         kind: TransferKind = "reduce-scatter" if self.job.layout.zero >= 2 else "all-reduce"
         for name in ("embedding", "head"):
+            if name == "embedding" and s.tensor > 1 and self.how.whole_table:
+                axes = (*s.token_axes, "tensor")
+                whole = s.transfer("sum.embedding", name, "all-reduce", axes, s.tensor * size, backward=True)
+                yield from alone(whole)
+                continue
             shares = s.over(*s.fsdp) if name == "embedding" and self.job.layout.zero >= 2 else 1
             yield from alone(s.transfer(f"sum.{name}", "optimizer", kind, s.fsdp, size, backward=True))
             copied = s.transfer(f"sum.{name}.copies", "optimizer", "all-reduce", copies, size / shares, backward=True)
             yield from alone(copied)
 
-    def _gather(self, use: Use, size: int) -> Transfer:
+    def _gather(self, use: Use, size: float) -> Transfer:
         s = self.sizes
         axes = s.fsdp if self.job.layout.zero == 3 else ()
         numbers = s.model.vocab_size // s.tensor * s.model.d_model
         return s.transfer(f"gather.{use}", use, "all-gather", axes, numbers * size)
 
-    def parameters(self) -> float:
-        """Numbers that this device keeps where optimizer states are shared out as finely as they are."""
+    def parameters(self) -> dict[tuple[str, ...], float]:
+        """Numbers of this device's weights, gathered, by the axes over which they can be shared out."""
         s = self.sizes
-        tables = s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
-        numbers = tables / s.over(*s.fsdp)
+        found = dict.fromkeys((s.fsdp, s.expert_fsdp), 0.0)
+        found[s.fsdp] += s.model.vocab_size // s.tensor * s.model.d_model * (1 if s.model.tie_embeddings else 2)
         for group, repeat in self.groups():
             for layer in group.layers:
                 for weight in layer.weights():
-                    shares = s.over(*(s.expert_fsdp if weight.use == "experts" else s.fsdp))
-                    numbers += weight.numbers * repeat / shares / self.job.mesh.stage
-        return numbers
+                    axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+                    found[axes] += weight.numbers * repeat / self.job.mesh.stage
+        return found
 
     def _optimizer(self) -> Iterator[Event]:
-        own = self.parameters()
-        if self.how.sums_once:
-            yield from self._sums_at_the_end()
-        moments = 2 * own * 4
-        offloaded = self.job.layout.optimizer_states == "host"
-        update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
-        if offloaded:
-            yield from alone(Transfer("states.in", "optimizer", "to-device", (), 1, 1, moments, 0.0))
-        yield update
-        if offloaded:
-            yield from alone(Transfer("states.out", "optimizer", "to-host", (), 1, 1, moments, 0.0))
-        if self.job.layout.zero < 3:
-            yield from self._whole_again(own)
-
-    def _whole_again(self, own: float) -> Iterator[Event]:
-        """The new parameters, gathered to copies."""
         s = self.sizes
-        size = own * s.over(*s.fsdp) * (s.compute if self.how.sums_once else s.stored)
-        yield from alone(s.transfer("gather.parameters", "optimizer", "all-gather", s.fsdp, size))
-
-    def _sums_at_the_end(self) -> Iterator[Event]:
-        for group, repeat in self.groups():
-            sums = [event for layer in group.layers for each in layer.sums(4) for event in alone(each)]
-            yield Loop(repeat / self.job.mesh.stage, tuple(sums))
-        yield from self._sums_of_tables()
+        if self.how.sums_once:
+            yield from self._sums_of_tables()
+        weights = self.parameters()
+        own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
+        moments = 2 * own * 4
+        update = Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
+        if self.job.layout.optimizer_states == "host":
+            yield from alone(Transfer("states.fetched", "optimizer", "to-device", (), 1, 1, moments, 0.0))
+            yield update
+            yield from alone(Transfer("states.returned", "optimizer", "to-host", (), 1, 1, moments, 0.0))
+        else:
+            yield update
+        if self.job.layout.zero < 3 and not self.how.sums_once:
+            for axes, numbers in weights.items():
+                name = "gather.parameters." + "x".join(axes)
+                yield from alone(s.transfer(name, "optimizer", "all-gather", axes, numbers * s.stored))

@@ -1,6 +1,7 @@
 """One layer on one device, estimated from the settings: its products, its passes over memory, its transfers."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,14 @@ def beside(transfer: Transfer, *events: Event) -> tuple[Event, ...]:
     if transfer.devices == 1 and transfer.kind not in ("to-host", "to-device"):
         return events
     return (Start(transfer), *events, Wait(transfer.name))
+
+
+def together(transfers: Iterable[Transfer], events: Iterable[Event]) -> tuple[Event, ...]:
+    """`events` run while all the transfers are under way."""
+    found = tuple(events)
+    for transfer in transfers:
+        found = beside(transfer, *found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,25 +91,37 @@ class Layer:
         s = self.sizes
         if s.job.layout.zero < 3:
             return []
-        size = s.stored if backward and self.how.gathers_stored else s.compute
         return [
             s.transfer(
                 self._name("gather", weight.use, weight.name, backward=backward), weight.use, "all-gather",
-                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * size,
+                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * s.travels,
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
         ]  # fmt: skip
 
-    def sums(self, size: int) -> list[Transfer]:
-        """Of its weights' gradients, numbers of `size` bytes, over the devices that have tokens of their own."""
-        return [self._sum(weight, size) for weight in self.weights()]
+    def widened(self, *, backward: bool) -> list[Run]:
+        """The passes in which its weights at rest become what products take: of a device's share before the gather, or
+        if they are quantized of the whole after it."""
+        s = self.sizes
+        if s.matrices == s.compute:
+            return []
+        found = []
+        for weight in self.weights():
+            axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
+            shares = 1 if s.job.precision.quantized or s.job.layout.zero < 3 else s.over(*axes)
+            moved = weight.numbers / shares * (s.matrices + s.compute)
+            flags: Flags = {"backward": backward, "recomputed": backward}
+            found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
+        return found
 
     def _sum(self, weight: Weight, size: int) -> Transfer:
         s = self.sizes
         spared = s.job.layout.experts if weight.use == "experts" else ()
         axes = tuple(axis for axis in s.token_axes if axis not in spared)
-        kind = self.how.sums if s.job.layout.zero >= 2 else "all-reduce"
+        kept = s.expert_fsdp if weight.use == "experts" else s.fsdp
+        scattered = self.how.scatters or (s.job.layout.zero >= 2 and set(axes) == set(kept))
+        kind: TransferKind = "reduce-scatter" if scattered else "all-reduce"
         name = self._name("sum", weight.use, weight.name, backward=True)
         return s.transfer(name, weight.use, kind, axes, weight.numbers * size, backward=True)
 
@@ -117,23 +138,35 @@ class Layer:
         else:
             yield from self._experts(flags, needed)
 
-    def backward(self, sums: bool) -> Iterator[Event]:
+    def backward(self, sums: int) -> Iterator[Event]:
         """
         Args:
-            sums: whether each weight's gradient is summed over the devices here.
+            sums: bytes of a number of the weights' gradients, which are summed over the devices here; 0 for not here.
         """
         flags = {"backward": True}
         kernels = self._backward_kernels(flags)
-        pending = [self._sum(weight, self.sizes.compute) for weight in reversed(self.weights())] if sums else []
+        pending = [self._sum(weight, sums) for weight in reversed(self.weights())] if sums else []
         if not self.dense:
             yield from (event for transfer in self._exchanges(flags) for event in alone(transfer))
-        yield from (event for transfer in self._tensor_transfers(flags) for event in alone(transfer))
-        # Each sum runs beside the product that follows it; what is left over beside nothing.
+        within = self._tensor_transfers(flags)
+        yield from (event for transfer in within if not self._hidden(transfer) for event in alone(transfer))
+        hidden = [transfer for transfer in within if self._hidden(transfer)]
+        if self.how.prefetches:
+            hidden, pending = hidden + pending, []
+        yield from together(hidden, self._summing(kernels, pending))
+
+    def _hidden(self, transfer: Transfer) -> bool:
+        return self.how.hides_tensor and transfer.use != "experts"
+
+    def _summing(self, kernels: list[Run], pending: list[Transfer]) -> Iterator[Event]:
+        """Each sum runs beside two products, as many as there are for each weight; what is left over beside nothing."""
+        beside_it: list[Run] = []
         for kernel in kernels:
-            if pending and kernel.kind in ("matmul", "grouped_matmul"):
-                yield from beside(pending.pop(0), kernel)
-            else:
-                yield kernel
+            beside_it.append(kernel)
+            if pending and sum(each.kind in ("matmul", "grouped_matmul") for each in beside_it) == 2:
+                yield from beside(pending.pop(0), *beside_it)
+                beside_it = []
+        yield from beside_it
         for transfer in pending:
             yield from alone(transfer)
 
@@ -141,16 +174,22 @@ class Layer:
         s, model = self.sizes, self.sizes.model
         wide = model.num_heads * model.head_dim // s.tensor
         yield s.pass_over("norm", "attention", s.stream * model.d_model * self.how.passes, 3, **flags)
-        yield from alone(self._gather_stream("attention", flags))
-        for weight in self.weights():
-            if weight.use == "attention" and weight.name != "w_o":
-                yield s.product(weight.name, "attention", s.tokens, weight.n, weight.k, **flags)
+        projections = [
+            s.product(weight.name, "attention", s.tokens, weight.n, weight.k, **flags)
+            for weight in self.weights()
+            if weight.use == "attention" and weight.name != "w_o"
+        ]
+        yield from self._with_product(self._gather_stream("attention", flags), *projections)
         yield s.pass_over("rope", "attention", s.tokens * wide * self.how.passes, 6, **flags)
         yield from (event for transfer in self._heads(flags) for event in alone(transfer))
         yield self._scores(**flags)
-        yield s.product("w_o", "attention", s.tokens, model.d_model, wide, **flags)
-        yield from alone(self._scatter_stream("attention", flags))
+        output = s.product("w_o", "attention", s.tokens, model.d_model, wide, **flags)
+        yield from self._with_product(self._scatter_stream("attention", flags), output)
         yield s.pass_over("residual", "attention", s.stream * model.d_model * self.how.passes, 3, **flags)
+
+    def _with_product(self, transfer: Transfer, *products: Run) -> tuple[Event, ...]:
+        """What `tensor` exchanges before or after products that it splits."""
+        return beside(transfer, *products) if self.how.hides_tensor else (*alone(transfer), *products)
 
     def _scores(self, **flags: Any) -> Run:
         """Of whole sequences for some of the heads, or of all heads for some of the queries: the same number."""
@@ -158,7 +197,7 @@ class Layer:
         heads = model.num_heads // s.tensor
         per_device = s.sequences * heads / (s.over("sequence") if s.splits else 1)
         pairs = float(job.sequence_length) if job.kind == "decode" else s.length * (s.length + 1) / 2
-        flops = 4.0 * per_device * pairs * model.head_dim
+        flops = 4.0 * per_device * pairs * model.head_dim * self.how.scores
         kv = 2 * max(1, model.num_kv_heads // s.tensor) * job.sequence_length * s.sequences * model.head_dim
         # Of a cache the group's part is copied out before it is read.
         moved = (2 * s.tokens * heads * model.head_dim + kv * (1 if job.kind == "train" else 3)) * s.compute
@@ -173,12 +212,8 @@ class Layer:
         queries = s.tokens * model.num_heads // s.tensor * model.head_dim * s.compute
         keys = s.tokens * max(1, model.num_kv_heads // s.tensor) * model.head_dim * s.compute
         if s.job.layout.sequence == "ring":
-            kind, size, names = (
-                "collective-permute",
-                keys,
-                [f"{x}{i}" for i in range(s.over("sequence") - 1) for x in "kv"],
-            )
-            return [self._named(f"ring_{n}", "attention", kind, ("sequence",), size, flags) for n in names]
+            steps = [f"ring_{x}{i}" for i in range(s.over("sequence") - 1) for x in "kv"]
+            return [self._named(n, "attention", "collective-permute", ("sequence",), keys, flags) for n in steps]
         sizes = {"q": queries, "y": queries} | ({"k": keys, "v": keys} if self.projects_kv else {})
         return [
             self._named(f"heads_{n}", "attention", "all-to-all", ("sequence",), size, flags)
@@ -190,35 +225,44 @@ class Layer:
         width = next(w.n for w in self.weights() if w.use == use and w.name == "up")
         if use == "dense":
             yield s.pass_over("norm", "dense", s.stream * D * self.how.passes, 3, **flags)
-        yield from alone(self._gather_stream(use, flags))
-        yield s.product("gate", use, s.tokens, width, D, **flags)
-        yield s.product("up", use, s.tokens, width, D, **flags)
+        inward = [s.product(name, use, s.tokens, width, D, **flags) for name in ("gate", "up")]
+        yield from self._with_product(self._gather_stream(use, flags), *inward)
         yield s.pass_over("silu", use, s.tokens * width * self.how.passes, 3, **flags)
         if down:
-            yield s.product("down", use, s.tokens, D, width, **flags)
-            yield from alone(self._scatter_stream(use, flags))
+            down_product = s.product("down", use, s.tokens, D, width, **flags)
+            yield from self._with_product(self._scatter_stream(use, flags), down_product)
         yield s.pass_over("residual", use, s.stream * D * self.how.passes, 3, **flags)
 
     def _experts(self, flags: Flags, needed: bool) -> Iterator[Event]:
         s, model = self.sizes, self.sizes.model
         D, F, passes = model.d_model, s.expert_width, self.how.passes
         buffer = s.buffer if self.how.full_buffers else s.rows
+        moved = self._rows_moved() * D * passes
         yield s.pass_over("norm", "router", s.stream * D * passes, 3, **flags)
         yield s.product("w_router", "router", s.stream, model.num_experts, D, format="f32", **flags)
         if s.job.layout.splits_width:
             yield from alone(self._gather_stream("experts", flags))
-        yield s.pass_over("dispatch", "exchange", (s.rows + 2 * buffer) * D * passes, 2, **flags)
+        yield s.pass_over("dispatch", "exchange", moved, 1, **flags)
         send, *back = self._exchanges(flags)
         yield from alone(send)
         for name in ("gate", "up"):
             yield self._grouped(name, F, D, **flags)
-        yield s.pass_over("silu", "experts", buffer * F * passes, 5, **flags)
+        yield s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags)
         yield self._grouped("down", D, F, **flags)
         shared = tuple(self._feed_forward("shared_expert", flags, down=needed)) if model.num_shared_experts else ()
         yield from beside(back[0], *shared)
-        yield s.pass_over("combine", "exchange", (s.rows + 2 * buffer) * D * passes, 2, **flags)
+        yield s.pass_over("combine", "exchange", moved, 1, **flags)
         if s.job.layout.splits_width:
             yield from alone(self._scatter_stream("experts", flags))
+
+    def _rows_moved(self) -> float:
+        """Rows read and written between the residual stream and the experts, one way."""
+        s = self.sizes
+        if not self.how.fuses_rows:
+            return 2 * (s.rows + 2 * (s.buffer if self.how.full_buffers else s.rows))
+        if s.job.execution.exchange == "ragged_hierarchical":
+            return s.routed * (1 + 2 * self._reached(s.expert_devices)) + s.rows
+        return s.routed + s.rows * (1 if s.experts == 1 else 3)
 
     def _grouped(self, name: str, n: int, k: int, **flags: Any) -> Run:
         s = self.sizes
@@ -243,21 +287,29 @@ class Layer:
         return found
 
     def _hierarchical(self, way: str, row: float, flags: Flags) -> Transfer:
-        s, K = self.sizes, self.sizes.model.router.top_k
+        s = self.sizes
         ragged = s.job.execution.exchange == "ragged_hierarchical"
         kind: TransferKind = "ragged-all-to-all" if ragged else "all-to-all"
         flat = self._named(way, "exchange", kind, s.job.layout.experts, 1.0, flags)
         N, near = flat.nodes, flat.devices // flat.nodes
         limit = s.block // max(1, s.experts)
         if ragged:
-            # Of K distinct choices at random, how many nodes, and devices of a node, a token reaches.
-            nodes, devices = (n * (1 - (1 - 1 / n) ** K) for n in (N, N * near))
+            nodes, devices = self._reached(N), self._reached(N * near)
             across, inside = s.routed * nodes * (N - 1) / N, s.routed * devices * (near - 1) / near
         else:
             arrived = N * min(s.routed, limit * s.model.num_experts // N)
-            block = min(arrived * K, limit * N * s.experts)
+            block = min(arrived * s.model.router.top_k, limit * N * s.experts)
             across, inside = (N - 1) * arrived / N, float((near - 1) * block)
         return replace(flat, inside=inside * row, across=across * row)
+
+    def _reached(self, parts: int) -> float:
+        """Of `parts` that share out the experts evenly, how many a token's choices fall on, in the mean."""
+        E, K = self.sizes.model.num_experts, self.sizes.model.router.top_k
+        if not self.how.consecutive:
+            return parts * (1 - (1 - 1 / parts) ** K)
+        size = E / parts
+        turns = range(E // math.gcd(E, K))
+        return sum(len({(K * i + k) % E // size for k in range(K)}) for i in turns) / len(turns)
 
     def _tensor_transfers(self, flags: Flags) -> list[Transfer]:
         """Of the backward pass: what was gathered is scattered, and the other way round."""
@@ -271,6 +323,9 @@ class Layer:
         if not self.dense and self.sizes.model.num_shared_experts:
             uses.append("shared_expert")
         both = [each for use in uses for each in (self._gather_stream(use, flags), self._scatter_stream(use, flags))]
+        # Of what is kept a device has its own positions, and the gradient of a weight takes those of all.
+        kept = self.sizes.job.execution.remat == "none"
+        both += [self._gather_stream(use, flags) for use in uses if kept and use != "experts"]
         return both + self._heads(flags)
 
     def _gather_stream(self, use: Use, flags: Flags) -> Transfer:
@@ -279,7 +334,7 @@ class Layer:
         return self._named("gather_stream", use, "all-gather", axes, self._stream_bytes(), flags)
 
     def _scatter_stream(self, use: Use, flags: Flags) -> Transfer:
-        kind = "reduce-scatter" if "tensor" in self.sizes.splits else "all-reduce"
+        kind: TransferKind = "reduce-scatter" if "tensor" in self.sizes.splits else "all-reduce"
         return self._named("scatter_stream", use, kind, ("tensor",), self._stream_bytes(), flags)
 
     def _stream_bytes(self) -> float:

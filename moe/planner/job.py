@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, require_choice, require_positive
 from moe.model.execution import Execution
 from moe.model.precision import Precision
+from moe.train.lora import check_frozen
 from moe.train.optimizer import OptimizerConfig
 from parallel.layout import LayoutConfig
 from parallel.mesh import MeshConfig
@@ -22,7 +24,9 @@ class Job:
     """
     kind: "train" is a whole optimizer step; "prefill" takes `batch_size` prompts of `sequence_length` tokens into an
         empty cache; "decode" makes one token more in each of `batch_size` texts, whose cache holds `sequence_length`.
+    precision: its `frozen` is the weights' format in serving, and that of the base beneath LoRA.
     steps: of the whole run, which the learning rate's schedule knows.
+    lora: adapters to train, the rest frozen; None trains everything.
     """
 
     kind: Kind
@@ -38,10 +42,15 @@ class Job:
     virtual_stages: int = 1
     loss_chunk: int = 512
     steps: int = 1000
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         require_choice(self, "kind", get_args(Kind), area="job.")
         require_positive(self, "batch_size", "sequence_length", "microbatches", "virtual_stages", area="job.")
+        if self.kind == "train":
+            check_frozen(self.precision, self.lora, self.mesh.stage)
+        elif self.lora is not None:
+            raise ConfigError(f"job.lora with job.kind={self.kind!r}: adapters are merged before a model serves")
 
     @property
     def tokens(self) -> int:

@@ -71,14 +71,13 @@ class Kernels:
         """
         if instruction.target in _NO_WORK:
             return None
-        operands = [each.shape for each in computation.operands(instruction)]
-        if instruction.opcode.startswith("custom-call"):
-            return self._library_call(computation, instruction, operands)
         products = self.products(computation, instruction)
         if products:
             largest = max(products, key=lambda each: each.flops)
             flops = sum(each.flops for each in products)
             return self._made(computation, instruction, "matmul", flops, largest.format, largest.shape)
+        if instruction.opcode.startswith("custom-call"):
+            return self._library_call(computation, instruction)
         if any(each.opcode == "sort" for _, each in self._parts(computation, instruction)):
             return self._made(computation, instruction, "sort", 0.0)
         if self._only_moves(computation, instruction):
@@ -98,11 +97,9 @@ class Kernels:
                 raise CountError(f"{each.name}: how much work a {each.opcode} is is not known here")
         return found
 
-    def _library_call(self, computation: Computation, instruction: Instruction, operands: list[Shape]) -> Run:
+    def _library_call(self, computation: Computation, instruction: Instruction) -> Run:
         target = instruction.target
-        if target.startswith("__cublas$"):
-            (product,) = self.products(computation, instruction)
-            return self._made(computation, instruction, "matmul", product.flops, product.format, product.shape)
+        operands = [each.shape for each in computation.operands(instruction)]
         if target.startswith("__cudnn$fmha"):
             flops = attention_flops(instruction)
             return self._made(computation, instruction, "attention", flops, operands[0].dtype)
@@ -117,11 +114,11 @@ class Kernels:
         """The kernels of moe/ops/grouped_matmul/triton.py. They leave out rows that are not there."""
         result = instruction.shape
         x, other = operands[-2], operands[-1]
-        rows = min(x.dims[0], self.routed_rows if self.routed_rows is not None else x.dims[0])
+        rows = x.dims[0] if self.routed_rows is None else min(x.dims[0], self.routed_rows)
         experts = other.dims[0] if over == "rows" else result.dims[0]
         deep, wide = (x.dims[1], result.dims[1]) if over == "rows" else (result.dims[1], result.dims[2])
         matrices = (other if over == "rows" else result).bytes
-        size = (rows * (deep + wide)) * x.bits / 8 + matrices
+        size = rows * (deep + wide) * x.bits / 8 + matrices
         flops = 2.0 * rows * deep * wide
         shape = (experts, round(rows), wide, deep)
         return self._made(computation, instruction, "grouped_matmul", flops, x.dtype, shape, size)

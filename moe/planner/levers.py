@@ -1,5 +1,6 @@
 """The levers that let a model train on what is at hand, each as what changes when it alone is turned."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -30,13 +31,14 @@ class Variant:
 
 
 def variants(job: Job, cluster: Cluster, active: int) -> tuple[Variant, ...]:
-    """One for each lever that the recipe can turn.
+    """One for each lever that the recipe can turn, those turned off first.
 
     Args:
         active: parameters of the model that take part in one token.
     """
     found = (lever(job, cluster, active) for lever in LEVERS)
-    return tuple(variant for variant in found if variant is not None)
+    turned = (variant for variant in found if variant is not None)
+    return tuple(sorted(turned, key=lambda variant: variant.turned))
 
 
 def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
@@ -45,14 +47,13 @@ def _experts(job: Job, cluster: Cluster, active: int) -> Variant | None:
     dense = dense_twin(job.model, active, job.steps * job.tokens)
     mesh = _moved(job, "expert", 1)
     instead = f"dense, of equal loss by {SOURCE}: d_dense={dense.d_dense}"
-    return Variant("mixture of experts", "off", instead, {"model": dense, "mesh": mesh, "layout.experts": ("expert",)})
+    return Variant("mixture of experts", "off", instead, {"model": dense, "mesh": mesh})
 
 
 def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if job.precision.compute != "bfloat16":
-        return Variant(
-            "bfloat16", "on", "products and exchange in bfloat16", _formats("bfloat16", ("compute", "exchange"))
-        )
+        settings = _formats("bfloat16", ("compute", "exchange"))
+        return Variant("bfloat16", "on", "products and exchange in bfloat16", settings)
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}
@@ -61,6 +62,15 @@ def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
 
 def _formats(format: str, names: tuple[str, ...]) -> dict[str, Any]:
     return {f"precision.{name}": format for name in names}
+
+
+def _quantization(job: Job, cluster: Cluster, active: int) -> Variant | None:
+    """Of weights that nothing trains."""
+    if job.kind == "train" and job.lora is None:
+        return None
+    if job.precision.quantized:
+        return Variant("quantization", "off", "weights in bfloat16", {"precision.frozen": "bfloat16"})
+    return Variant("quantization", "on", "weights in int8", {"precision.frozen": "int8"})
 
 
 def _sharded_parameters(job: Job, cluster: Cluster, active: int) -> Variant | None:
@@ -87,7 +97,8 @@ def _axis(name: str, axis: str, size: Callable[[Job, Cluster], int]) -> "Lever":
             return None
         settings: dict[str, Any] = {"mesh": _moved(job, axis, wanted)}
         if axis == "stage":
-            settings |= {"training.microbatches": max(2 * wanted, 1), "training.virtual_stages": 1}
+            parts = 2 * wanted if wanted > 1 else 1
+            settings |= {"training.microbatches": parts, "training.virtual_stages": 1}
         turned: Turned = "off" if wanted == 1 else "on"
         return Variant(name, turned, f"{settings['mesh'].text}", settings)
 
@@ -96,15 +107,14 @@ def _axis(name: str, axis: str, size: Callable[[Job, Cluster], int]) -> "Lever":
 
 def _moved(job: Job, axis: str, size: int) -> MeshConfig:
     """The mesh with `size` devices along `axis`. `data` gives or takes the difference, as far as the model's width
-    divides, and `replica` the rest."""
-    sizes = dict(job.mesh.sizes)
-    free = sizes["replica"] * sizes["data"] * sizes[axis] // size
-    sizes |= {axis: size, "data": 1, "replica": 1}
-    others = 1
-    for each in FSDP_AXES:
-        others *= sizes[each] if each != "stage" else 1
-    data = max(d for d in range(1, free + 1) if free % d == 0 and (d == 1 or job.model.d_model % (d * others) == 0))
-    data = min(data, max(job.mesh.data, free // job.mesh.replica))
+    divides over all that shares out parameters, and `replica` the rest."""
+    mesh = job.mesh
+    free = mesh.replica * mesh.data * mesh.sizes[axis] // size
+    sizes = mesh.sizes | {axis: size, "data": 1, "replica": 1}
+    others = math.prod(sizes[each] for each in FSDP_AXES)
+    most = max(mesh.data, free // mesh.replica)
+    fitting = (n for n in range(1, most + 1) if free % n == 0 and job.model.d_model % (n * others) == 0)
+    data = max(fitting, default=1)
     return MeshConfig(**(sizes | {"data": data, "replica": free // data}))
 
 
@@ -184,6 +194,7 @@ Lever = Callable[[Job, Cluster, int], Variant | None]
 LEVERS: tuple[Lever, ...] = (
     _experts,
     _bfloat16,
+    _quantization,
     _sharded_parameters,
     _zero,
     _axis("expert parallelism", "expert", _expert_devices),

@@ -12,7 +12,7 @@ from moe.planner.job import Job
 from moe.serve.engine import Weights, decode, prefill
 from moe.serve.sampling import Sampling, sampling_rows
 from moe.train.data import Batch
-from moe.train.state import Blueprint, make_blueprint
+from moe.train.state import make_blueprint
 from moe.train.step import make_train_step
 from parallel.layout import Layout
 from parallel.platform import compiling_for
@@ -29,13 +29,14 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
         ValueError: a backend that the chip does not have.
     """
     layout = Layout(mesh.abstract_mesh, job.layout)
-    blueprint = make_blueprint(job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps)
     with compiling_for("gpu"):
-        lower_kind = _lower_training if job.kind == "train" else _lower_serving
-        return lower_kind(job, blueprint, mesh)
+        return (_lower_training if job.kind == "train" else _lower_serving)(job, layout, mesh)
 
 
-def _lower_training(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lowered:
+def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
+    blueprint = make_blueprint(
+        job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps, lora=job.lora
+    )
     step: Any = make_train_step(
         blueprint,
         seed=0,
@@ -43,7 +44,7 @@ def _lower_training(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lo
         virtual_stages=job.virtual_stages,
         loss_chunk=job.loss_chunk,
     )
-    sharding = NamedSharding(mesh, blueprint.layout.activation_spec("BT"))
+    sharding = NamedSharding(mesh, layout.activation_spec("BT"))
     ints, floats = (
         jax.ShapeDtypeStruct((job.batch_size, job.sequence_length), dtype, sharding=sharding)
         for dtype in (jnp.int32, jnp.float32)
@@ -51,11 +52,9 @@ def _lower_training(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lo
     return step.lower(blueprint.abstract_state(), Batch(ints, ints, ints, ints, floats))
 
 
-def _lower_serving(job: Job, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Lowered:
-    layout = blueprint.layout
+def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
-    state = blueprint.abstract_state()
-    weights = Weights(job.model, job.precision, layout, state.params, state.balance)
+    weights = Weights.abstract(job.model, job.precision, layout, job.execution)
     make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype, layout)
     where = layout.activation("BGSMH")
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))

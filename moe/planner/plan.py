@@ -1,21 +1,25 @@
 """A plan: what one step of a job needs of a chip and a cluster, and how long it takes; compiled, or estimated."""
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from moe.model.config import ConfigError
+from moe.model.config import ConfigError, ModelConfig
 from moe.model.count import count_parameters, train_flops_per_token
+from moe.model.execution import Execution
 from moe.model.parameter import specs_of
+from moe.model.precision import Precision
 from moe.model.transformer import Transformer
-from moe.ops.attention.chunked import BLOCK
+from moe.planner.buffers import memory_of
 from moe.planner.chips import Chip
 from moe.planner.compile import Facts, compile_job
-from moe.planner.count import count
+from moe.planner.count import count, key_blocks
+from moe.planner.estimate import estimate_work, idle_share
+from moe.planner.estimate_memory import estimate_memory
 from moe.planner.job import Job
 from moe.planner.predict import Prediction, predict
 from moe.planner.routing import LOADS, Skew, routed_rows, skew_of
@@ -23,7 +27,6 @@ from moe.planner.totals import Exchange, Spent, exchanges_of, spent_by_use
 from moe.planner.work import Memory, Work
 from parallel.network.cluster import Cluster
 from parallel.network.links import Links
-from parallel.pipeline import Schedule
 
 Progress = Callable[[str], None]
 
@@ -79,8 +82,8 @@ class Unbalanced:
 class Plan:
     """
     facts: what XLA said; None where the work was estimated.
+    links: measured ones, where they take the place of what chip and cluster say.
     parameters, active: of the model. model_flops: of a step over all devices, without recomputation.
-    unbalanced: for as many of LOADS as the devices allow.
     """
 
     job: Job
@@ -88,13 +91,12 @@ class Plan:
     cluster: Cluster
     work: Work
     memory: Memory
-    prediction: Prediction
     facts: Facts | None
     room: Room
     parameters: int
     active: int
     model_flops: float
-    unbalanced: tuple[Unbalanced, ...]
+    links: Links | None = None
 
     @property
     def origin(self) -> Literal["compiled", "estimated"]:
@@ -103,6 +105,11 @@ class Plan:
     @property
     def devices(self) -> int:
         return self.job.mesh.num_devices
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of the chip in bfloat16, or in float16 where it has no bfloat16: what MFU is a share of."""
+        return self.chip.bf16 or self.chip.fp16
 
     @property
     def spare(self) -> int:
@@ -122,6 +129,29 @@ class Plan:
     def memory_fraction(self) -> float:
         """What JAX must be allowed of a GPU's memory (XLA_CLIENT_MEM_FRACTION): all but CUDA's and NCCL's room."""
         return max(0.0, 1 - (self.room.cuda + self.room.nccl) / self.chip.memory)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """With an even router."""
+        return self._timed(1.0)
+
+    @cached_property
+    def unbalanced(self) -> tuple[Unbalanced, ...]:
+        """For as many of LOADS as the devices allow."""
+        skews = [skew for load in LOADS if (skew := skew_of(self.job, load)) is not None]
+        return tuple(Unbalanced(skew, self._timed(skew.kept)) for skew in skews)
+
+    def _timed(self, load: float) -> Prediction:
+        return predict(
+            self.work,
+            self.chip,
+            self.cluster,
+            tokens=self.job.tokens,
+            model_flops=self.model_flops,
+            links=self.links,
+            load=load,
+            idle=idle_share(self.job),
+        )
 
     @cached_property
     def uses(self) -> tuple[Spent, ...]:
@@ -161,10 +191,15 @@ def make_plan(
     """
     check_filled(job, cluster)
     if estimated:
-        raise NotImplementedError
+        work = estimate_work(job, cluster.gpus_per_node)
+        return planned(job, chip, cluster, work, estimate_memory(job, chip, cluster.gpus_per_node), None, links)
     compiled = compile_job(job, chip, cluster, report=report)
     work = count(
-        compiled.program(), job.mesh, cluster.gpus_per_node, routed_rows=routed_rows(job), key_blocks=key_blocks(job)
+        compiled.program(),
+        job.mesh,
+        cluster.gpus_per_node,
+        routed_rows=routed_rows(job, cluster.gpus_per_node),
+        key_blocks=key_blocks(job),
     )
     return planned(job, chip, cluster, work, memory_of(compiled), compiled.facts, links)
 
@@ -174,37 +209,7 @@ def planned(
 ) -> Plan:
     """The plan of a step whose work and memory are known."""
     parameters, active, flops = model_size(job)
-
-    def timed(load: float) -> Prediction:
-        return predict(
-            work, chip, cluster, tokens=job.tokens, model_flops=flops, links=links, load=load, idle=idle_share(job)
-        )
-
-    skews = [skew for load in LOADS if (skew := skew_of(job, load)) is not None]
-    return Plan(
-        job, chip, cluster, work, memory,
-        prediction=timed(1.0),
-        facts=facts,
-        room=room_of(work, memory),
-        parameters=parameters,
-        active=active,
-        model_flops=flops,
-        unbalanced=tuple(Unbalanced(skew, timed(skew.kept)) for skew in skews),
-    )  # fmt: skip
-
-
-def idle_share(job: Job) -> float:
-    """Of a pipeline's ticks, those in which a stage has nothing to do."""
-    if job.mesh.stage == 1:
-        return 0.0
-    schedule = Schedule(job.mesh.stage, job.virtual_stages, job.microbatches)
-    return schedule.bubble / (1 + schedule.bubble)
-
-
-def key_blocks(job: Job) -> float:
-    """Blocks of keys that a block of queries sees, in the mean, in attention that goes through them in chunks."""
-    blocks = math.ceil(job.sequence_length / BLOCK)
-    return blocks if job.kind == "decode" else (blocks + 1) / 2
+    return Plan(job, chip, cluster, work, memory, facts, room_of(work, memory), parameters, active, flops, links)
 
 
 def check_filled(job: Job, cluster: Cluster) -> None:
@@ -226,9 +231,13 @@ def model_size(job: Job) -> tuple[int, int, float]:
 
     A forward pass is a third of training's. A decoding step's one query sees `sequence_length` keys, not half of them.
     """
-    model = nnx.eval_shape(lambda: Transformer(job.model, job.precision, job.execution, rngs=nnx.Rngs(0)))
-    specs = specs_of(model)
+    specs = _specs(job.model, job.precision, job.execution)
     count = count_parameters(job.model, specs)
     seen = job.sequence_length * (2 if job.kind == "decode" else 1)
-    flops = train_flops_per_token(job.model, specs, seen)
+    flops = train_flops_per_token(job.model, specs, seen, frozen=job.lora is not None)
     return count.total, count.active, job.tokens * flops / (1 if job.kind == "train" else 3)
+
+
+@functools.cache
+def _specs(model: ModelConfig, precision: Precision, execution: Execution) -> dict[str, Any]:
+    return specs_of(nnx.eval_shape(lambda: Transformer(model, precision, execution, rngs=nnx.Rngs(0))))

@@ -1,20 +1,24 @@
 """What a plan says, in words, tables and pictures."""
 
+import re
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from moe.planner.pictures import draw_bars, draw_memory, named
+from moe.planner.pictures import draw_bar, draw_memory, draw_roofline, named
 from moe.planner.plan import Plan
 from moe.planner.predict import Prediction
 from moe.planner.report import Report, Section, table
 from moe.planner.totals import flops_by_format
 from moe.planner.units import amount, digits, flop, gib, number, seconds, share, times
+from moe.planner.work import Buffer
 
 STEPS = {"train": "one training step", "prefill": "one prefill", "decode": "one decoding step"}
 ESTIMATED = "Estimated, not compiled: from the settings by formulas, without the program that XLA would make."
 BUFFERS = 12
-"""So many of the largest are shown; the JSON has all that are known."""
+"""So many kinds of the largest are shown; the JSON has all that are known."""
+NAME = 44
+"""Characters of a buffer's name that are shown."""
 
 
 def report_of(plan: Plan, name: str) -> Report:
@@ -35,6 +39,7 @@ def report_of(plan: Plan, name: str) -> Report:
             _arithmetic(plan),
             _transfers(plan),
             _time(plan),
+            _uses(plan),
             _assumptions(plan),
         ),
     )
@@ -42,16 +47,21 @@ def report_of(plan: Plan, name: str) -> Report:
 
 def pictures_of(plan: Plan) -> dict[str, Figure]:
     """By the names that the sections give."""
-    prediction = plan.prediction
+    terms = {named(term): time for term, time in plan.prediction.terms.items() if time}
     return {
         "memory": draw_memory(plan.memory, plan.chip.memory, plan.room.total),
-        "time": draw_bars(
-            {
-                label: {named(part): spent for part, spent in parts.items() if spent}
-                for label, parts in (("by term", prediction.terms), ("by use", prediction.uses))
-            },
-            "seconds of a step",
-        ),
+        "terms": draw_bar(terms, "seconds of a step"),
+        "roofline": draw_roofline(_reached(plan), plan.peak, plan.chip.bandwidth),
+    }
+
+
+def _reached(plan: Plan) -> dict[str, tuple[float, float]]:
+    """FLOP a byte, and FLOP/s, of each use that does a thousandth of the arithmetic at least."""
+    uses, least = plan.prediction.uses, plan.work.flops / 1000
+    return {
+        named(each.use): (each.flops / each.bytes, each.flops / uses[each.use])
+        for each in plan.uses
+        if each.flops > least and each.bytes and uses.get(each.use)
     }
 
 
@@ -129,11 +139,24 @@ def _memory(plan: Plan) -> Section:
 
 
 def _buffers(plan: Plan) -> Section:
+    title = "Largest buffers at the peak"
+    if not plan.memory.largest:
+        return Section(title, notes=("Known of compiled programs only.",))
+    alike: dict[tuple[str, ...], list[Buffer]] = {}
+    for each in plan.memory.largest:
+        alike.setdefault((named(each.part), each.shape.partition("{")[0], each.source or "–"), []).append(each)
     rows = [
-        (named(each.part), each.shape, each.name, each.source or "–", amount(each.bytes))
-        for each in plan.memory.largest[:BUFFERS]
+        (*key, _readable(group[0].name), str(len(group)), amount(group[0].bytes))
+        for key, group in list(alike.items())[:BUFFERS]
     ]
-    return Section("Largest buffers at the peak", table(("part", "shape", "made by", "source", "bytes"), rows, words=4))
+    columns = ("part", "shape", "source", "made by, or argument", "how many", "bytes of each")
+    return Section(title, table(columns, rows, words=4))
+
+
+def _readable(name: str) -> str:
+    """state.params['stacks'][0]['w'] → params.stacks.0.w, of which the end says most."""
+    path = re.sub(r"\['?([^]']*)'?\]", r".\1", name).removeprefix("state.")
+    return path if len(path) <= NAME else "…" + path[1 - NAME :]
 
 
 def _router(plan: Plan) -> Section:
@@ -177,7 +200,8 @@ def _arithmetic(plan: Plan) -> Section:
     in_products = ", ".join(f"{name} {share(count, sum(formats.values()))}" for name, count in formats.items())
     notes = (
         f"Executed to model FLOPs: {plan.executed_ratio:.3f}. The model's are {flop(plan.model_flops / plan.devices)} "
-        "a GPU: 2 for each active weight and token in a forward pass, 4 more in a backward one, and causal attention.",
+        f"a GPU: 2 for each active weight and token in a forward pass, {4 if plan.job.lora is None else 2} more in a "
+        "backward one, and causal attention.",
         f"Products by number format: {in_products}.",
     )
     columns = ("use", "forward", "backward", "recomputed", "all", "share", "read and written", "share")
@@ -218,7 +242,22 @@ def _time(plan: Plan) -> Section:
     whole = plan.prediction.seconds
     rows = [(named(term), seconds(time), share(time, whole)) for term, time in plan.prediction.terms.items() if time]
     rows.append(("step", seconds(whole), "100%"))
-    return Section("Predicted step time", table(("term", "seconds", "share"), rows), picture="time")
+    return Section("Predicted step time", table(("term", "seconds", "share"), rows), picture="terms")
+
+
+def _uses(plan: Plan) -> Section:
+    whole, reached = plan.prediction.seconds, _reached(plan)
+    rows = []
+    for use, time in sorted(plan.prediction.uses.items(), key=lambda item: -item[1]):
+        intensity, rate = reached.get(named(use), (0.0, 0.0))
+        figures = (digits(intensity), f"{digits(rate / 1e12)} TFLOP/s", share(rate, plan.peak)) if rate else ("–",) * 3
+        rows.append((named(use), seconds(time), share(time, whole), *figures))
+    note = (
+        f"Waiting for an exchange counts for what it is for. Above {plan.peak / plan.chip.bandwidth:.0f} FLOP a byte "
+        "arithmetic limits this chip, below it memory."
+    )
+    columns = ("use", "seconds", "share", "FLOP a byte", "reached", "of the peak")
+    return Section("The same by use, below the chip's roof", table(columns, rows), (note,), "roofline")
 
 
 def _assumptions(plan: Plan) -> Section:
@@ -238,8 +277,10 @@ def assumptions(plan: Plan) -> Iterable[str]:
     yield "Grouped products are counted for an even router, causal attention for what its mask lets through."
     yield (
         "MFU: the model's FLOPs, without recomputation, of the chip's dense "
-        f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {(plan.chip.bf16 or plan.chip.fp16) / 1e12:g} TFLOP/s."
+        f"{'bfloat16' if plan.chip.bf16 else 'float16'} rate, {plan.peak / 1e12:g} TFLOP/s."
     )
+    if plan.job.precision.compute == "bfloat16" and not plan.chip.bf16:
+        yield "The chip has no bfloat16: XLA computes these products in float32, from copies in that format."
     if plan.cluster.nodes > 1 and not plan.cluster.gpudirect:
         yield "No GPUDirect RDMA: what goes across nodes is staged through the host's memory, and modelled so."
     yield f"Figures of the chip: {'; '.join(plan.chip.sources)}."

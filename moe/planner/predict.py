@@ -143,7 +143,7 @@ class _Play:
     load: float
     efficiency: Efficiency
     now: float = 0.0
-    free: dict[str, float] = field(default_factory=lambda: {"links": 0.0, "host": 0.0})
+    free: dict[str, float] = field(default_factory=lambda: {"links": 0.0, "across": 0.0, "host": 0.0})
     pending: dict[str, tuple[float, Transfer, Term]] = field(default_factory=dict)
     spent: dict[tuple[Term, Use], float] = field(default_factory=lambda: defaultdict(float))
     sums: dict[Transfer, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
@@ -161,16 +161,18 @@ class _Play:
         for event in events:
             match event:
                 case Run():
-                    self._pass(
-                        run_seconds(event, self.chip, self.efficiency, self.load), _TERM_OF[event.kind], event.use
-                    )
-                    self._pass(self.efficiency.launch, "launches", event.use)
+                    self._run(event)
                 case Start(transfer):
                     self._start(transfer)
                 case Wait(name):
                     self._wait(name)
                 case Loop(times, body):
                     self._loop(times, body)
+
+    def _run(self, run: Run) -> None:
+        seconds = run_seconds(run, self.chip, self.efficiency, self.load)
+        self._pass(seconds, _TERM_OF[run.kind], run.use)
+        self._pass(self.efficiency.launch + seconds * (1 / self.efficiency.busy - 1), "launches", run.use)
 
     def _pass(self, seconds: float, term: Term, use: Use) -> None:
         self.now += seconds
@@ -179,7 +181,7 @@ class _Play:
     def _start(self, transfer: Transfer) -> None:
         inside, across = transfer_seconds(transfer, self.channels, self.efficiency, self.links, self.load)
         to_host = transfer.kind in ("to-host", "to-device")
-        stream = "host" if to_host else "links"
+        stream = "host" if to_host else "across" if across and self.efficiency.parallel_links else "links"
         seconds = max(inside, across)
         self.free[stream] = max(self.now, self.free[stream]) + seconds
         self.pending[transfer.name] = (self.free[stream], transfer, _exposed(to_host, inside, across))

@@ -15,7 +15,7 @@ STYLE = """
   --band: #1e2126; --good: #4cc38a; --bad: #ff7a70; --warn: #f0c060; --warn-band: #2b2415 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.35rem; margin: 0 0 .4rem; overflow-wrap: anywhere }
 h2 { font-size: 1.05rem; margin: 2.2rem 0 .5rem }
 .verdict { font-size: 1.1rem; font-weight: 600; margin: .3rem 0 }

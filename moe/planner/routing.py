@@ -5,28 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.planner.job import Job
-from parallel.layout import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS
+from moe.planner.sizes import Sizes
 
 LOADS = (1.0, 1.5, 2.0, 4.0)
 """Rows that choose the worst device's experts, times the mean over devices."""
 
 
-def routed_rows(job: Job) -> float:
+def routed_rows(job: Job, devices_per_node: int) -> float:
     """That a device's experts work on at a time, where the router is even: of one layer, microbatch and chunk."""
-    router, sizes = job.model.router, job.mesh.sizes
-    length = 1 if job.kind == "decode" else job.sequence_length
-    sequences = job.batch_size / math.prod(sizes[axis] for axis in BATCH_AXES) / job.microbatches
-    split = _splits(length, sizes)
-    if job.layout.splits_width and TENSOR_AXIS in split:
-        split = split[:-1]
-    tokens = sequences * length / math.prod(sizes[axis] for axis in split) / job.execution.exchange_chunks
-    return tokens * router.top_k * min(1.0, math.inf if router.capacity_factor is None else router.capacity_factor)
-
-
-def _splits(length: int, sizes: dict[str, int]) -> tuple[str, ...]:
-    """As `Layout.for_length`."""
-    both = (SEQUENCE_AXIS, TENSOR_AXIS)
-    return next((axes for axes in (both, both[:1]) if length % math.prod(sizes[axis] for axis in axes) == 0), ())
+    factor = job.model.router.capacity_factor
+    rows = Sizes(job, devices_per_node).rows / job.execution.exchange_chunks
+    return rows * min(1.0, math.inf if factor is None else factor)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ _RECOMPUTED = re.compile(r"rematted_computation|(?<!transpose\()jvp\(recomputed\
 # Also the scope in moe/train/loss.py, whose gradients are computed together with the loss.
 _BACKWARD = re.compile(r"transpose\(|\bbackward\b")
 _BELONG_TO_THEIR_SOURCE = ("all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BRANCHING = ("while", "conditional")
 _REACH = 24
 """Neighbours that are asked."""
 
@@ -77,9 +78,26 @@ def _neighbours(computation: Computation, instruction: Instruction, forward: boo
     waiting, seen = [instruction], {instruction.name}
     while waiting and len(seen) < _REACH:
         here = waiting.pop(0)
-        for each in computation.users[here.name] if forward else computation.operands(here):
-            # What goes round a loop with others is no neighbour of theirs.
-            if each.name not in seen and each.opcode not in ("tuple", "while", "conditional"):
+        for each in _takers(computation, here) if forward else _givers(computation, here):
+            if each.name not in seen:
                 seen.add(each.name)
                 waiting.append(each)
                 yield each
+
+
+def _takers(computation: Computation, here: Instruction) -> Iterator[Instruction]:
+    """Of a tuple those that take its part out again; what goes round a loop with others is no neighbour of theirs."""
+    for each in computation.users[here.name]:
+        if each.opcode == "tuple":
+            place = each.operands.index(here.name)
+            yield from (taker for taker in computation.users[each.name] if taker.numbers("index") == (place,))
+        elif each.opcode not in _BRANCHING:
+            yield each
+
+
+def _givers(computation: Computation, here: Instruction) -> Iterator[Instruction]:
+    for each in computation.operands(here):
+        if each.opcode == "tuple" and here.opcode == "get-tuple-element":
+            yield computation.instructions[each.operands[here.numbers("index")[0]]]
+        elif each.opcode not in ("tuple", *_BRANCHING):
+            yield each

@@ -1,6 +1,7 @@
 """What falls to one device of a job's mesh: tokens, weights, and how its collectives lie over the nodes. No array, no
 compiler: products of settings."""
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,17 @@ import numpy as np
 
 from moe.model.config import ModelConfig
 from moe.model.router import capacity
+from moe.ops.quantize import GROUPS
 from moe.planner.job import Job
 from moe.planner.transfers import sent
 from moe.planner.work import Run, RunKind, Transfer, TransferKind, Use
 from parallel.layout import BATCH_AXES, FSDP_AXES
+from parallel.mesh import MeshConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES: dict[str, float] = {
+    "float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / GROUPS["int4"], "nf4": 0.5 + 2 / GROUPS["nf4"],
+}  # fmt: skip
+"""Of a number at rest, with its share of the scales where a group has one (moe/ops/quantize.py)."""
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -108,16 +114,29 @@ class Sizes:
     @property
     def compute(self) -> int:
         """Bytes of a number in the compute format."""
-        return BYTES[self.job.precision.compute]
+        return int(BYTES[self.job.precision.compute])
 
     @property
     def format(self) -> str:
         return SHORT[self.job.precision.compute]
 
     @property
-    def stored(self) -> int:
-        """Bytes of a parameter at rest."""
-        return BYTES[self.job.precision.parameters]
+    def stored(self) -> float:
+        """Bytes of a parameter of the embedding, the head or a router at rest."""
+        policy = self.job.precision
+        as_trained = self.job.kind == "train" or policy.quantized or policy.frozen is None
+        return BYTES[policy.parameters if as_trained else str(policy.frozen)]
+
+    @property
+    def matrices(self) -> float:
+        """Bytes of a parameter of all other matrices at rest."""
+        policy = self.job.precision
+        return BYTES[policy.quantized] if self.job.kind != "train" and policy.quantized else self.stored
+
+    @property
+    def travels(self) -> float:
+        """Bytes of a number of a matrix when it is gathered: cast before, or if it is quantized widened after."""
+        return min(self.matrices, self.compute) if self.job.precision.quantized else self.compute
 
     @property
     def fsdp(self) -> tuple[str, ...]:
@@ -168,9 +187,16 @@ class Sizes:
 
     def spread(self, axes: tuple[str, ...]) -> tuple[int, int]:
         """(devices, nodes) of a group along `axes`: of those that lie differently, the one that is spread widest."""
-        sizes = self.job.mesh.sizes
-        nodes = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())) // self.devices_per_node
-        count = self.over(*axes)
-        last = [list(sizes).index(axis) for axis in axes]
-        groups = np.moveaxis(nodes, last, range(-len(last), 0)).reshape(-1, count) if axes else nodes.reshape(-1, 1)
-        return count, int(max(len(np.unique(group)) for group in np.unique(groups, axis=0)))
+        return self.over(*axes), nodes_of(self.job.mesh, axes, self.devices_per_node)
+
+
+@functools.cache
+def nodes_of(mesh: MeshConfig, axes: tuple[str, ...], devices_per_node: int) -> int:
+    """The most nodes over which one group of devices along `axes` lies."""
+    if not axes:
+        return 1
+    sizes = mesh.sizes
+    nodes = np.arange(mesh.num_devices).reshape(tuple(sizes.values())) // devices_per_node
+    last = [list(sizes).index(axis) for axis in axes]
+    groups = np.moveaxis(nodes, last, range(-len(last), 0)).reshape(-1, math.prod(sizes[axis] for axis in axes))
+    return int((np.diff(np.sort(groups)) > 0).sum(1).max()) + 1

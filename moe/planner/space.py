@@ -73,10 +73,10 @@ def microbatches(mesh: MeshConfig, batch_size: int) -> Iterator[int]:
         count *= 2
 
 
-def settings_of(mesh: MeshConfig, parts: int) -> dict[str, Any]:
-    """The changes that lay an experiment on `mesh` with so many microbatches."""
+def settings_of(mesh: MeshConfig, parts: int, virtual: int) -> dict[str, Any]:
+    """The changes that lay an experiment on `mesh` with so many microbatches and virtual stages."""
     changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.sizes.items()}
-    return changes | {"training.microbatches": parts, "training.virtual_stages": 1}
+    return changes | {"training.microbatches": parts, "training.virtual_stages": virtual}
 
 
 def virtual_stages(mesh: MeshConfig, parts: int, model: ModelConfig) -> list[int]:

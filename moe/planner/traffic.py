@@ -8,7 +8,7 @@ from moe.planner.hlo import Computation, Instruction, Module
 
 FREE = frozenset({
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id",
-    "add-dependency", "optimization-barrier",
+    "add-dependency", "opt-barrier",
 })  # fmt: skip
 """Opcodes that cost nothing."""
 

@@ -30,8 +30,10 @@ class Run:
         through, of a grouped product only rows that are there when the router is even.
     bytes: read from and written to the device's memory in one execution.
     shape: (batch, m, n, k) of a product: m x k by k x n, `batch` times (for a grouped product `batch` experts, m rows
-        in all); None for all else.
-    format: of a product's inputs, or of the widest operand: "bf16", "f32", "f8e4m3fn", "s8", …
+        in all, in the gradient of its matrices as well); None for all else. Where XLA cuts k into parts (split-K),
+        these are the batch.
+    format: of a product's inputs, or of the widest operand: "bf16", "f32", "f8e4m3fn", "s8", …; "tf32" where inputs
+        are float32 and may be rounded, as JAX lets them be unless `precision` says otherwise.
     recomputed: whether it repeats the forward pass for the backward one (rematerialisation).
     backward: whether it belongs to the backward pass.
     source: file:line of the code that asked for it; "" where not known.

@@ -16,6 +16,7 @@ from flax import nnx
 from moe.model.cache import KVCache, empty_cache
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
+from moe.model.parameter import SelectionBias, specs_of, stored
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.serve.sampling import Sampling, SamplingRows, choose_tokens, sampling_rows
@@ -26,19 +27,39 @@ SHORTEST_BUCKET = 16
 
 
 class Weights(NamedTuple):
-    """Everything that computes: parameters and selection biases as nested dicts, on `layout`."""
+    """Everything that computes: parameters and selection biases as nested dicts, on `layout`. Of `execution` only the
+    backends matter."""
 
     config: ModelConfig
     precision: Precision
     layout: Layout
     params: dict[str, Any]
     balance: dict[str, Any]
+    execution: Execution = Execution()
 
     def graph(self) -> nnx.GraphDef:
         """Of the model as it serves: each token goes to the experts it chose, whatever capacity it trained with."""
         router = replace(self.config.router, capacity_factor=None, overflow="drop")
         config = replace(self.config, router=router if self.config.has_moe else RouterConfig())
-        return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, self.precision, Execution(), rngs=nnx.Rngs(0))))
+        return nnx.graphdef(
+            nnx.eval_shape(lambda: Transformer(config, self.precision, self.execution, rngs=nnx.Rngs(0)))
+        )
+
+    @classmethod
+    def abstract(cls, config: ModelConfig, precision: Precision, layout: Layout, execution: Execution) -> "Weights":
+        """Shapes, formats and, on a mesh, shardings, for compiling without an array.
+
+        Raises:
+            LayoutError: a parameter does not divide over the mesh.
+        """
+        model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
+        params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
+        if layout.mesh is not None:
+            where = stored(params, specs_of(model), layout), jax.tree.map(lambda _: layout.whole(), balance)
+            params, balance = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
+            )
+        return cls(config, precision, layout, params, balance, execution)
 
 
 class ContextError(ValueError):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moe.model.config import ConfigError
 from moe.model.precision import Format, Precision
+from moe.ops.quantize import Quantized
 from moe.serve.chat import chat_tokens
 from moe.serve.engine import Engine, Weights
 from moe.serve.sampling import Sampling
@@ -59,6 +60,7 @@ class HunyuanMoE:
         *,
         mesh: MeshConfig | Mesh | None = None,
         compute: Format | None = None,
+        weights: Quantized | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":
         """Loads a checkpoint folder straight onto the mesh; a model folder or the folder of a run serve as well.
@@ -66,6 +68,8 @@ class HunyuanMoE:
         Args:
             mesh: devices to use; None for one.
             compute: number format of the computation; None as the parameters are stored.
+            weights: format to which the matrices of attention, experts and dense layers are quantized, piece by piece
+                as they are read (moe/ops/quantize.py); None to leave them.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
         Raises:
@@ -80,9 +84,8 @@ class HunyuanMoE:
         layout.refuse_stages("generation")
         stored: Format = "float32" if pretrained.dtype == jnp.float32 else "bfloat16"
         compute = compute or stored
-        precision = Precision(parameters=stored, compute=compute, gradients="float32", exchange=compute)
-        params, balance = pretrained.load(layout, None)
-        weights = Weights(pretrained.config, precision, layout, params, balance)
+        precision = Precision(parameters=stored, compute=compute, gradients="float32", exchange=compute, frozen=weights)
+        loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
         try:
             vocabulary = open_vocabulary(folder, pretrained.settings)
         except ConfigError:
@@ -90,7 +93,7 @@ class HunyuanMoE:
                 raise
             vocabulary = None
         length = max_length or pretrained.settings.get("max_position_embeddings") or 2048
-        return cls(weights, vocabulary, length, folder.resolve().name)
+        return cls(loaded, vocabulary, length, folder.resolve().name)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from moe.model.config import ConfigError
 from moe.model.tensor_files import WeightsError
+from moe.ops.quantize import Quantized
 from moe.serve.chat import ChatError
 from moe.serve.engine import ContextError, Engine
 from moe.serve.language_model import HunyuanMoE
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh)
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, weights=options.weights)
         max_length = min(options.max_length, model.max_length)
         engine = Engine(model.weights, slots=options.slots, max_length=max_length)
         print("compiling …", file=sys.stderr)
@@ -246,6 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-body", type=int, default=1_000_000, help="bytes of a request (default: %(default)s)")
     parser.add_argument("--api-key", help=f"ask clients for this key; also from {KEY_VARIABLE}")
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
+    parser.add_argument(
+        "--weights", choices=get_args(Quantized), help="quantize the matrices as they are read; by default as stored"
+    )
     return parser
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, `checkpoints/00000100`:
 
-    state/          the TrainState's arrays, by name (Orbax, OCDBT)
+    state/          the TrainState's arrays but the frozen ones, by name (Orbax, OCDBT)
     run.json        step, the run's fingerprint, the data iterator's state
     manifest.json   SHA-256 of every other file
 
@@ -78,7 +78,9 @@ class CheckpointStore:
         self.wait()
         about = {"step": step, "fingerprint": self._fingerprint, "data": data}
         try:
-            self._checkpointer.save(self._saving(step) / "state", args=ocp.args.StandardSave(named(state)))
+            self._checkpointer.save(
+                self._saving(step) / "state", args=ocp.args.StandardSave(named(state._replace(frozen={})))
+            )
         except Exception as error:
             raise self._failure(step, error) from error
         self._under_way = self._background.submit(self._finish, step, about)
@@ -152,6 +154,7 @@ class CheckpointStore:
     def _restore(self, step: int, abstract: TrainState) -> Restored:
         # Where an array is said to be anywhere, Orbax would look for the devices that wrote it.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = abstract._replace(frozen={})
         wanted = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
             for name, x in named(abstract).items()

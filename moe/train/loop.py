@@ -101,6 +101,8 @@ def train(
             first, state = 0, create_state()
         else:
             first, state = restored.step, restored.state
+            if blueprint.lora is not None:
+                state = state._replace(frozen=create_state().frozen)
             data.train.set_state(restored.data)
             console.print(f"resuming from the checkpoint of step {first}")
         if first >= config.steps:
@@ -173,7 +175,9 @@ class _Run:
         )
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
         sequence_length = batch.tokens_BT.shape[1]
-        self.flops_per_token = train_flops_per_token(blueprint.config, blueprint.specs, sequence_length)
+        self.flops_per_token = train_flops_per_token(
+            blueprint.config, blueprint.model_specs, sequence_length, frozen=blueprint.lora is not None
+        )
         self.clock = time.perf_counter()
         self.console.print(f"compiled the train step in {self.clock - begin:.0f} s")
         return compiled

@@ -127,7 +127,7 @@ class _Stage(NamedTuple):
         """Told are the statistics of the stacks before, of this chunk and of the stacks after, as `Network` has it."""
         schedule, number, layout = self.schedule, self.number, self.layout
         biases = jax.tree.map(lambda b: b[turn.chunk // schedule.stages], self.biases)
-        model = self.blueprint.model(_joined(weights, shared, number), _joined(biases, self.other_biases, number))
+        model = self.blueprint.model(_joined(weights, shared, number), _joined(biases, self.other_biases, number), {})
         batch = self._batch(turn.microbatch)
         sight = model.sight(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
         scans = model.scans(jax.random.fold_in(self.key, turn.microbatch), layout)

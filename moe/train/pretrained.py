@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import ModelFolder, is_model_folder
@@ -21,6 +22,8 @@ from moe.model.parameter import SelectionBias
 from moe.model.pieces import Piece, Source, load, pieces
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
+from moe.ops.quantize import Quantized
+from moe.train.lora import merged
 from moe.train.trained import TrainedModel
 from parallel.layout import Layout
 
@@ -32,14 +35,15 @@ class Pretrained:
     config: of the model.
     dtype: in which most parameters are stored.
     settings: a checkpoint's config.json; empty for a run.
-    load: parameters and selection biases on a layout, as nested dicts; in a format, or None as stored.
+    load: parameters and selection biases on a layout, as nested dicts; in a format, or None as stored; matrices
+        quantized, or None.
     """
 
     folder: Path
     config: ModelConfig
     dtype: jnp.dtype
     settings: dict[str, Any]
-    load: Callable[[Layout, DTypeLike | None], tuple[dict[str, Any], dict[str, Any]]]
+    load: Callable[[Layout, DTypeLike | None, Quantized | None], tuple[dict[str, Any], dict[str, Any]]]
 
     def check(self, config: ModelConfig) -> None:
         """
@@ -68,9 +72,28 @@ def open_pretrained(folder: Path) -> Pretrained:
     if _is_run(folder):
         trained = TrainedModel(folder)
         dtype = jnp.dtype(trained.precision.parameters)
-        return Pretrained(folder, trained.config, dtype, {}, trained.restore)
+        if trained.lora is None:
+            return Pretrained(folder, trained.config, dtype, {}, trained.restore)
+        return _adapted(trained, trained.lora)
     checkpoint = HfCheckpoint(folder)
     return _from_source(folder, checkpoint, checkpoint.config, checkpoint.settings)
+
+
+def _adapted(trained: TrainedModel, lora: LoraConfig) -> Pretrained:
+    """The model in which a run trained adapters, with these merged."""
+    if trained.init_from is None:
+        raise ConfigError(
+            f"{trained.folder}: trained adapters for weights that were drawn at random and are not kept; "
+            "train with init_from=FOLDER"
+        )
+    base = open_pretrained(Path(trained.init_from))
+
+    def load_merged(layout: Layout, dtype: DTypeLike | None, format: Quantized | None) -> Any:
+        params, _ = base.load(layout, dtype, format)
+        adapters, balance = trained.restore(layout)
+        return merged(adapters, params, lora), balance
+
+    return Pretrained(trained.folder, base.config, base.dtype, base.settings, load_merged)
 
 
 def _is_run(folder: Path) -> bool:
@@ -86,10 +109,10 @@ def _from_source(folder: Path, source: Source, config: ModelConfig, settings: di
 
 
 def _load(
-    source: Source, config: ModelConfig, layout: Layout, dtype: DTypeLike | None
+    source: Source, config: ModelConfig, layout: Layout, dtype: DTypeLike | None, format: Quantized | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     precision = Precision()
     model = nnx.eval_shape(lambda: Transformer(config, precision, Execution(), rngs=nnx.Rngs(0)))
     balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=layout.whole()), balance)
-    return load(source, config, model_specs(config, precision), layout, dtype), zeros
+    return load(source, config, model_specs(config, precision), layout, dtype, format), zeros

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import SelectionBias, is_spec, specs_of
+from moe.model.parameter import SelectionBias, is_spec, specs_of, stored
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
+from moe.train.lora import check_frozen, frozen, trained
 from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
 from moe.train.parts import first_states
 from parallel.layout import Layout
@@ -26,17 +28,22 @@ class TrainState(NamedTuple):
     params: the parameters as nested dicts, in the stored format.
     balance: the routers' selection biases as nested dicts; empty unless router.balance is "bias".
     opt_state: of the optimizer.
+    frozen: parameters that are used and not trained, beneath LoRA; empty without. Checkpoints leave them out.
     """
 
     step: jax.Array
     params: dict[str, Any]
     balance: dict[str, Any]
     opt_state: optax.OptState
+    frozen: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Everything about a run's state that is known without an array."""
+    """Everything about a run's state that is known without an array.
+
+    specs: of the parameters that are trained; frozen_specs: of the others.
+    """
 
     config: ModelConfig
     precision: Precision
@@ -44,19 +51,26 @@ class Blueprint:
     layout: Layout
     graph: nnx.GraphDef
     specs: dict[str, Any]
+    frozen_specs: dict[str, Any]
+    lora: LoraConfig | None
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
 
-    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
+    def model(self, params: dict[str, Any], balance: dict[str, Any], frozen: dict[str, Any]) -> Transformer:
         """The model with these parameters and selection biases."""
-        return nnx.merge(self.graph, params, balance)
+        return nnx.merge(self.graph, params, balance, frozen)
+
+    @property
+    def model_specs(self) -> dict[str, Any]:
+        """Of the model's parameters without adapters."""
+        return self.frozen_specs or self.specs
 
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
-        model = Transformer(self.config, self.precision, self.execution, rngs=nnx.Rngs(params=key))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        balance = nnx.to_pure_dict(nnx.state(model, SelectionBias))
-        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params))
+        model = fresh_model(self.config, self.precision, self.execution, self.lora, key)
+        kinds = (trained(self.lora), SelectionBias, frozen(self.lora))
+        params, balance, base = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base)
 
     def _first_states(self, params: dict[str, Any]) -> optax.OptState:
         if self.layout.config.optimizer_states == "host":
@@ -88,7 +102,8 @@ class Blueprint:
             states,
             transform_non_params=lambda _: whole,
         )
-        return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state)
+        base = stored(abstract.frozen, self.frozen_specs, self.layout)
+        return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state, base)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""
@@ -105,14 +120,16 @@ class Blueprint:
         for rounding of the last bit."""
         return jax.jit(self.new_state, out_shardings=self.shardings())(run_key(seed, Purpose.INITIALIZE))
 
-    def state_from(self, params: dict[str, Any]) -> TrainState:
-        """A state of step 0 with given parameters, which stand where `shardings` says and in the stored format."""
+    def state_from(self, params: dict[str, Any], seed: int = 0) -> TrainState:
+        """A state of step 0 with the model's given parameters, which stand where `shardings` says and in the stored
+        format; beneath LoRA these are frozen, and the adapters drawn from the seed."""
 
         def begin(params: dict[str, Any]) -> TrainState:
-            balance = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.balance)
-            return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params))
+            fresh = self.new_state(run_key(seed, Purpose.INITIALIZE))
+            if self.lora is not None:
+                return fresh._replace(frozen=params)
+            return fresh._replace(params=params, opt_state=self._first_states(params))
 
-        abstract = jax.eval_shape(self.new_state, jax.random.key(0))
         return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
 
 
@@ -124,15 +141,37 @@ def make_blueprint(
     layout: Layout,
     *,
     steps: int,
+    lora: LoraConfig | None = None,
 ) -> Blueprint:
     """Plans a run of `steps` steps. Makes no array.
 
     Raises:
-        ConfigError: the optimizer does not go with the run's length, or with the parameters' format.
+        ConfigError: settings that do not work together.
     """
     check_master_weights(optimizer, precision)
-    model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
-    graph = nnx.graphdef(model)
-    specs = specs_of(model)
+    check_frozen(precision, lora, layout.stages)
+    model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
+    specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)
-    return Blueprint(config, precision, execution, layout, graph, specs, transformation, learning_rate)
+    return Blueprint(
+        config,
+        precision,
+        execution,
+        layout,
+        nnx.graphdef(model),
+        specs,
+        frozen_specs,
+        lora,
+        transformation,
+        learning_rate,
+    )
+
+
+def fresh_model(
+    config: ModelConfig, precision: Precision, execution: Execution, lora: LoraConfig | None, key: jax.Array
+) -> Transformer:
+    """A model of first values, with adapters where asked."""
+    model = Transformer(config, precision, execution, rngs=nnx.Rngs(params=key))
+    if lora is not None:
+        model.adapt(lora, rngs=nnx.Rngs(params=jax.random.fold_in(key, int(Purpose.ADAPTERS))))
+    return model

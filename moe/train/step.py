@@ -81,8 +81,10 @@ def make_train_step(
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
-    def objective(params: Any, landing: Any, balance: Any, batch: Batch, key: jax.Array, num_targets: jax.Array):
-        model = blueprint.model(params, balance)
+    def objective(
+        params: Any, landing: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array
+    ):
+        model = blueprint.model(params, balance, frozen)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing)
         stats = output.stats
         loss = cross_entropy_sum(
@@ -95,7 +97,7 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
         def one(number: jax.Array, part: Batch):
-            given = (state.balance, part, jax.random.fold_in(key, number), num_targets)
+            given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
             if layout.config.gradients == "host":
                 return landed_gradients(blueprint, objective, state.params, given)
             grads, told = jax.grad(objective, has_aux=True)(state.params, None, *given)
@@ -153,7 +155,7 @@ def make_train_step(
         balance = state.balance
         if stats is not None and router.balance == "bias":
             balance = move_biases(blueprint, state, stats.load_E)
-        return TrainState(state.step + 1, params, balance, opt_state), metrics
+        return TrainState(state.step + 1, params, balance, opt_state, state.frozen), metrics
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
@@ -165,7 +167,8 @@ def make_evaluation_step(
     """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = blueprint.model(state.params, state.balance)
+        model = blueprint.model(state.params, state.balance, state.frozen)
+        model.eval()
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
         loss = cross_entropy_sum(
@@ -211,6 +214,6 @@ def layer_stats(stats: MoEStats) -> LayerStats:
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
     """The routers' selection biases after a step in which the experts were loaded so."""
-    model = blueprint.model(state.params, state.balance)
+    model = blueprint.model(state.params, state.balance, state.frozen)
     model.move_biases(load_LE)
     return nnx.to_pure_dict(nnx.state(model, SelectionBias))

@@ -9,17 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from jax.typing import DTypeLike
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import config_from_json
 from moe.model.parameter import SelectionBias, specs_of
-from moe.model.pieces import Piece
+from moe.model.pieces import Piece, load
 from moe.model.precision import Precision
-from moe.model.transformer import Transformer
+from moe.ops.quantize import Quantized
 from moe.train.checkpoint import CheckpointError, damage_of, named
+from moe.train.lora import trained
+from moe.train.state import fresh_model
 from parallel.layout import Layout
 
 
@@ -42,8 +46,37 @@ class ArraySource:
         return array
 
 
+class CheckpointSource:
+    """Parameters in a checkpoint's arrays (OCDBT, as Orbax writes them), of which a piece alone is read; a
+    `moe.model.pieces.Source`."""
+
+    CACHED = 1_000_000_000
+    """Bytes of chunks that are kept: a chunk has the same part of all layers."""
+
+    def __init__(self, state: Path) -> None:
+        self._store = {"driver": "ocdbt", "base": state.as_uri()}
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": self.CACHED}})
+        self._open: dict[str, Any] = {}
+
+    def dtype(self, piece: Piece) -> np.dtype:
+        return self._array(piece).dtype.numpy_dtype
+
+    def read(self, piece: Piece) -> np.ndarray:
+        return self._array(piece)[piece.index].read().result()
+
+    def _array(self, piece: Piece) -> Any:
+        if piece.name not in self._open:
+            kvstore = {**self._store, "path": f"params.{piece.name}/"}
+            found = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=self._context)
+            self._open[piece.name] = found.result()
+        return self._open[piece.name]
+
+
 class TrainedModel:
-    """The newest whole checkpoint of a run. The run may be going on: nothing is changed in its folder."""
+    """The newest whole checkpoint of a run. The run may be going on: nothing is changed in its folder.
+
+    lora: of a run that trained adapters; these alone are its parameters then, and `init_from` names their base.
+    """
 
     def __init__(self, folder: Path) -> None:
         """
@@ -56,14 +89,18 @@ class TrainedModel:
             frozen = json.loads((folder / "config.json").read_text("utf-8"))["config"]
             self.config: ModelConfig = config_from_json(frozen["model"])
             self.precision = Precision(**frozen["precision"])
+            self.lora = LoraConfig(**frozen["lora"]) if frozen.get("lora") else None
+            self.init_from: str | None = frozen["init_from"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{folder}: is no model folder, no checkpoint and no folder of a run of this version ({error})"
             ) from error
-        model = nnx.eval_shape(lambda: Transformer(self.config, self.precision, Execution(), rngs=nnx.Rngs(0)))
-        self.specs = specs_of(model)
+        model = nnx.eval_shape(
+            lambda: fresh_model(self.config, self.precision, Execution(), self.lora, jax.random.key(0))
+        )
+        self.specs = specs_of(model, trained(self.lora))
         self._abstract = {
-            "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+            "params": nnx.to_pure_dict(nnx.state(model, trained(self.lora))),
             "balance": nnx.to_pure_dict(nnx.state(model, SelectionBias)),
         }
         self.checkpoint = self._newest()
@@ -78,15 +115,34 @@ class TrainedModel:
             shutil.copyfile(self.tokenizer, target / self.tokenizer.name)
 
     def arrays(self, layout: Layout) -> ArraySource:
-        """The parameters on `layout`, as stored."""
+        """The parameters on `layout`, as stored.
+
+        Raises:
+            ConfigError: they are adapters.
+        """
+        if self.lora is not None:
+            raise ConfigError(
+                f"{self.folder}: holds adapters for {self.init_from}, which this cannot take; serve the run"
+            )
         return ArraySource(self.restore(layout)[0])
 
-    def restore(self, layout: Layout, dtype: DTypeLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def restore(
+        self, layout: Layout, dtype: DTypeLike | None = None, format: Quantized | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters on `layout`, and the routers' selection biases, as nested dicts.
 
         Args:
             dtype: of the parameters; None as stored.
+            format: of matrices that can be quantized, piece by piece; None to leave them.
         """
+        if format is not None:
+            source = CheckpointSource(self.checkpoint / "state")
+            params = load(source, self.config, self.specs, layout, dtype, format)
+            return params, self._restore(layout, None, ["balance"])["balance"]
+        found = self._restore(layout, dtype, ["params", "balance"])
+        return found["params"], found["balance"]
+
+    def _restore(self, layout: Layout, dtype: DTypeLike | None, parts: list[str]) -> dict[str, Any]:
         where = {
             "params": jax.tree.map(
                 lambda spec: layout.stored(spec.axes, spec.shape), self.specs, is_leaf=lambda x: hasattr(x, "axes")
@@ -105,9 +161,11 @@ class TrainedModel:
                 where[part],
                 is_leaf=lambda x: x is None,
             )
-            for part in self._abstract
+            for part in parts
         }
         flat = named(abstract)
+        if not flat:
+            return abstract
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
                 self.checkpoint / "state",
@@ -115,8 +173,7 @@ class TrainedModel:
                     flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True
                 ),
             )
-        tree = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(found[name]) for name in flat])
-        return tree["params"], tree["balance"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(found[name]) for name in flat])
 
     def _newest(self) -> Path:
         checkpoints = self.folder / "checkpoints"

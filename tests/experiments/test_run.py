@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.run import main
@@ -26,6 +27,7 @@ TINY = str(ROOT / "experiments/tiny.py")
     ],
 )  # fmt: skip
 def test_mistakes_are_sentences_and_exit_2(arguments, sentence, capsys, tmp_path):
+    jax.devices()  # Before JAX has started, a mesh of 64 would have 64 virtual devices made.
     assert main([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
     told = capsys.readouterr()
     assert sentence in told.err

@@ -1,11 +1,12 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import specs_of
+from moe.model.parameter import quantized, specs_of
 from moe.model.pieces import load, parameters, pieces
 from moe.model.precision import FULL
 from moe.model.transformer import Transformer
@@ -70,3 +71,25 @@ def test_each_piece_is_read_once(model):
     source = Counting(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     load(source, CONFIG, specs_of(model), Layout(make_mesh(MeshConfig(data=2, expert=4))))
     assert len(read) == len(set(read)) == len(pieces(CONFIG, specs_of(model)))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=4), MeshConfig(data=2, expert=2, tensor=2)])
+def test_matrices_are_quantized_as_they_arrive(model, mesh, format):
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    specs = specs_of(model)
+    loaded = load(ArraySource(params), CONFIG, specs, layout, jnp.bfloat16, format)
+    for path, spec in parameters(specs):
+        found, stored = loaded, params
+        for key in path:
+            found, stored = found[key], stored[key]
+        if spec.kind in ("embedding", "norm", "router"):
+            assert found.dtype == jnp.bfloat16
+            continue
+        expected = quantized(stored, spec.axes.removeprefix("L"), format)
+        assert (found.format, found.shape) == (format, spec.shape)
+        np.testing.assert_array_equal(found.values, expected.values)
+        np.testing.assert_allclose(found.scales.astype(jnp.float32), expected.scales.astype(jnp.float32), rtol=1e-6)
+        wanted = layout.stored(spec.axes, spec.shape)
+        assert wanted is None or found.values.sharding.is_equivalent_to(wanted, len(spec.shape))

@@ -41,6 +41,6 @@ def test_interleaving_needs_microbatches_in_groups():
 
 
 def test_settings_name_every_axis():
-    changes = settings_of(MeshConfig(data=2), 4)
+    changes = settings_of(MeshConfig(data=2), 4, 1)
     assert [path for path in changes if path.startswith("mesh.")] == [f"mesh.{axis}" for axis in AXES]
     assert changes["training.microbatches"] == 4

@@ -49,7 +49,7 @@ def test_a_round_trip_keeps_every_byte(exported, trained, tmp_path):
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
 
     forms = [open_pretrained(path) for path in (trained, exported, tmp_path / "folder")]
-    loaded = [form.load(SINGLE_DEVICE, None)[0] for form in forms]
+    loaded = [form.load(SINGLE_DEVICE, None, None)[0] for form in forms]
     for other in loaded[1:]:
         jax.tree.map(np.testing.assert_array_equal, loaded[0], other)
 
@@ -58,7 +58,7 @@ def test_a_run_begins_with_the_weights_it_was_given(exported, tmp_path):
     experiment = small_experiment(tmp_path / "corpus").vary({"init_from": str(exported), "mesh.data": 2})
     blueprint = experiment.blueprint()
     state = first_state(experiment, blueprint)
-    expected, _ = open_pretrained(exported).load(SINGLE_DEVICE, None)
+    expected, _ = open_pretrained(exported).load(SINGLE_DEVICE, None, None)
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     assert jax.tree.map(lambda x: x.sharding, state.params) == blueprint.shardings().params
     outcome = small_run(tmp_path / "run", tmp_path / "corpus", f"init_from={exported}", "training.steps=4")

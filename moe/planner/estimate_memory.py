@@ -1,0 +1,258 @@
+"""What a job needs in memory, from its settings alone: in milliseconds, with no compiler.
+
+What stays from step to step is exact (estimate_states.py). What comes and goes is the largest of a few moments, each a
+sum of named terms: `python -m benchmarks.plan_memory` compares it with what XLA allocates. Bytes of one device.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+
+from moe.model.parameter import ParameterSpec
+from moe.model.transformer import layer_groups
+from moe.planner.chips import Chip
+from moe.planner.estimate_layers import Group, Layers
+from moe.planner.estimate_states import States, abstract_layout, states_of
+from moe.planner.job import Job
+from moe.planner.sizes import Sizes
+from moe.planner.work import Memory, Part
+from moe.train.pipelined import check_stages
+from parallel.layout import Layout, LayoutError
+from parallel.pipeline import Schedule
+
+
+def estimate_memory(job: Job, chip: Chip, devices_per_node: int) -> Memory:
+    """
+    Raises:
+        LayoutError, ConfigError, PipelineError: the job does not divide over its mesh.
+    """
+    del chip  # Shapes are the same on all of them.
+    estimate = _Estimate.of(job, devices_per_node)
+    parts = estimate.training() if job.kind == "train" else estimate.serving()
+    total = sum(parts.values())
+    return Memory(
+        parts={part: size for part, size in parts.items() if size},
+        peak=total,
+        allocated=total,
+        host=estimate.host,
+        largest=(),
+        over_program=(),
+        origin="estimated",
+    )
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    job: Job
+    layout: Layout
+    sizes: Sizes
+    states: States
+
+    @classmethod
+    def of(cls, job: Job, devices_per_node: int) -> "_Estimate":
+        layout = abstract_layout(job)
+        check_stages(job.model, layout.stages, job.virtual_stages)
+        parts = layout.batch_shards * job.microbatches
+        if job.batch_size % parts:
+            raise LayoutError(
+                f"batch_size={job.batch_size} does not divide over the {layout.batch_shards} parts of the batch and "
+                f"microbatches={job.microbatches}: make it a multiple of {parts}"
+            )
+        return cls(job, layout, Sizes(job, devices_per_node), states_of(job, layout))
+
+    @cached_property
+    def layers(self) -> Layers:
+        return Layers(self.sizes)
+
+    def training(self) -> dict[Part, int]:
+        stays: dict[Part, int] = {
+            "parameters": self.states.parameters,
+            "optimizer_states": 0 if self.job.layout.optimizer_states == "host" else self.states.optimizer_states,
+            "batch": self.batch,
+        }
+        moments = (self._at_the_loss(), self._in_the_backward_pass(), self._in_the_update())
+        return stays | max(moments, key=lambda parts: sum(parts.values()))
+
+    def serving(self) -> dict[Part, int]:
+        """A prefill fills a cache of its own before it writes into the given one. Of two layers the weights are there,
+        for the next one's are gathered while one computes."""
+        groups = [group for group, _ in self.layers.groups()]
+        layers = self.transposed + max(2 * self.weights(group) + self.layers.forward(group) for group in groups)
+        own = self.cache if self.job.kind == "prefill" else 0
+        return {
+            "parameters": self.states.parameters,
+            "cache": self.cache,
+            "temporaries": max(layers, self.embedding) + own,
+        }
+
+    # What stays.
+
+    @property
+    def host(self) -> int:
+        """Of the host's memory: what of states, gradients and activations waits there."""
+        if self.job.kind != "train":
+            return 0
+        found = self.states.optimizer_states if self.job.layout.optimizer_states == "host" else 0
+        found += self.gradients(self.stacked) if self.job.layout.gradients == "host" else 0
+        if self.job.execution.remat == "matmuls_on_host":
+            found += sum(count * self.layers.products(group) for group, count in self.layers.groups())
+        return found
+
+    @property
+    def batch(self) -> int:
+        """Tokens, positions, segments, targets and weights, four bytes each, of all microbatches."""
+        return 5 * 4 * self.job.microbatches * self.sizes.tokens
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of each cross-layer group."""
+        model = self.job.model
+        groups = math.ceil(model.num_layers / model.cla_factor)
+        shape = (self.job.batch_size, groups, self.job.sequence_length, model.num_kv_heads, model.head_dim)
+        return 2 * math.prod(self._shard("BGSMH", shape)) * self.sizes.compute
+
+    def _shard(self, axes: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return NamedSharding(self.layout.mesh, self.layout.activation_spec(axes)).shard_shape(shape)
+
+    # Weights, as they are used and turned, and their gradients.
+
+    @cached_property
+    def specs(self) -> tuple[ParameterSpec, ...]:
+        return self.states.specs + self.states.frozen_specs
+
+    @cached_property
+    def stacked(self) -> list[ParameterSpec]:
+        """Matrices of the layers that are trained."""
+        return [each for each in self.states.specs if _is_stacked(each)]
+
+    def weights(self, group: Group) -> int:
+        """The matrices of a group in the compute format, gathered over the FSDP axes."""
+        (repeat,) = {repeat for each, repeat in layer_groups(self.job.model) if each == group}
+        of_stack = [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat]
+        return self.sizes.compute * sum(math.prod(self._used(each)[1:]) for each in of_stack)
+
+    def _used(self, spec: ParameterSpec) -> tuple[int, ...]:
+        return NamedSharding(self.layout.mesh, self.layout.used_spec(spec.axes)).shard_shape(spec.shape)
+
+    def gradients(
+        self, specs: "list[ParameterSpec] | tuple[ParameterSpec, ...]", dtype: DTypeLike | None = None
+    ) -> int:
+        """As they are summed: shared out from ZeRO's stage 2 on. By default in the parameters' format."""
+        found = 0
+        for each in specs:
+            where = NamedSharding(self.layout.mesh, self.layout.gradient_spec(each.axes, each.shape[0]))
+            found += math.prod(where.shard_shape(each.shape)) * jnp.dtype(dtype or each.dtype).itemsize
+        return found
+
+    @property
+    def accumulators(self) -> int:
+        """Sums over microbatches. XLA computes two microbatches in one turn of their loop, and keeps zeros for the
+        second one's gradients; a pipeline's ticks add to their sums out of place besides."""
+        copies = 3 if self.layout.stages > 1 else 2 if self.job.microbatches > 1 else 0
+        return copies * self.gradients(self.states.specs, self.job.precision.gradients)
+
+    @property
+    def transposed(self) -> int:
+        """Copies of stacked matrices whose FSDP axis D is not their outermost: XLA turns the whole stack round before
+        the loop over layers, so that what a gather brings lies in one piece. Without recomputation the gathered weights
+        are kept instead, and the copies are gone when the backward pass begins."""
+        if self.job.kind == "train" and self.job.execution.remat == "none" and self.layout.stages == 1:
+            return 0
+        found = 0
+        for each in filter(_is_stacked, self.specs):
+            shape = self.layout.stored(each.axes, each.shape).shard_shape(each.shape)
+            place = each.axes.index("D")
+            if shape[place] < each.shape[place] and math.prod(shape[1:place]) > 1:
+                found += math.prod(shape) * each.dtype.itemsize
+        return found
+
+    @property
+    def head_gradient(self) -> int:
+        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to which
+        the embedding's gradients are added."""
+        return 4 * self.vocabulary
+
+    @property
+    def vocabulary(self) -> int:
+        """Numbers of w_VD as the head uses it."""
+        return self.job.model.vocab_size // self.sizes.tensor * self.job.model.d_model
+
+    @property
+    def embedding(self) -> int:
+        """The moment of the lookup: the embedding is gathered as it is stored, from a copy with its FSDP axis first."""
+        (spec,) = [each for each in self.specs if each.kind == "embedding"]
+        here = math.prod(self.layout.stored(spec.axes, spec.shape).shard_shape(spec.shape))
+        whole = math.prod(self._used(spec))
+        return (whole + here) * spec.dtype.itemsize if here < whole else 0
+
+    # Moments of the step.
+
+    def _at_the_loss(self) -> dict[Part, int]:
+        """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
+        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
+        job, sizes = self.job, self.sizes
+        chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
+        logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
+        hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
+        return {
+            "gradients": self.accumulators + 3 * self.head_gradient,
+            "activations": self.activations,
+            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+        }
+
+    def _in_the_backward_pass(self) -> dict[Part, int]:
+        """Of the layers' gradients the whole stacks are there from its beginning; and the head's."""
+        stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked)
+        return {
+            "gradients": self.accumulators + stacks + 2 * self.head_gradient,
+            "activations": self.activations,
+            "temporaries": self.transposed + max(self.backward(group) for group, _ in self.layers.groups()),
+        }
+
+    def _in_the_update(self) -> dict[Part, int]:
+        """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all of
+        them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under way,
+        in copies: parameter, two moments."""
+        gathered = largest = 0
+        for each in self.states.specs:
+            here, at_rest = (
+                each.dtype.itemsize * math.prod(where(each.axes, each.shape).shard_shape(each.shape))
+                for where in (self.layout.optimizer_state, self.layout.stored)
+            )
+            largest = max(largest, here)
+            gathered += at_rest if at_rest > here else 0
+        gradients = 0 if self.job.layout.on_host else self.gradients(self.states.specs, self.job.precision.gradients)
+        under_way = 0 if self.job.layout.on_host else 5 * largest
+        return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
+
+    @property
+    def activations(self) -> int:
+        """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is computed
+        again."""
+        kept = sum(count * self.kept(group) for group, count in self.layers.groups())
+        schedule = self.schedule
+        return kept + (schedule.slots * self.sizes.compute * self.layers.stream if schedule else 0)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        if self.layout.stages == 1:
+            return None
+        return Schedule(self.layout.stages, self.job.virtual_stages, self.job.microbatches)
+
+    def kept(self, group: Group) -> int:
+        """For the backward pass. Where nothing is computed again that takes in the weights as they were used."""
+        return self.layers.kept(group) + (self.weights(group) if self.job.execution.remat == "none" else 0)
+
+    def backward(self, group: Group) -> int:
+        """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out."""
+        weights = self.weights(group)
+        return self.layers.backward(group) + weights + weights // len(group)
+
+
+def _is_stacked(spec: ParameterSpec) -> bool:
+    """Whether it is a matrix of layers; of their vectors nothing is gathered."""
+    return spec.axes.startswith("L") and len(spec.axes) > 2 and "D" in spec.axes

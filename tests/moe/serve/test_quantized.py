@@ -1,0 +1,68 @@
+"""A model whose matrices are quantized as they are read."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe import HunyuanMoE
+from moe.model.config import ConfigError
+from moe.ops.quantize import QuantizedWeight
+from moe.serve.generate import main
+from parallel.mesh import MeshConfig
+from tests.moe.train.small_run import small_run
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (8, 24))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    small_run(folder / "run", folder / "corpus", "training.steps=60", "training.evaluate_every=60")
+    return folder / "run"
+
+
+def difference(found, expected):
+    """Root mean square, relative to the spread of the expected logits."""
+    return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
+
+
+@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.02), ("fp8", 0.06), ("int4", 0.2), ("nf4", 0.2)])
+def test_a_trained_models_logits_stay_close(run, weights, limit):
+    expected = HunyuanMoE.from_hf(run)(TOKENS)
+    found = difference(HunyuanMoE.from_hf(run, weights=weights)(TOKENS), expected)
+    assert limit / 20 < found < limit
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=2, expert=2, tensor=2)], ids=str)
+def test_a_mesh_gives_the_same_tokens_and_logits(checkpoint, weights, mesh):
+    alone = HunyuanMoE.from_hf(checkpoint, weights=weights)
+    spread = HunyuanMoE.from_hf(checkpoint, weights=weights, mesh=mesh)
+    np.testing.assert_allclose(spread(TOKENS), alone(TOKENS), atol=1e-5 * np.abs(alone(TOKENS)).max())
+    prompts = [[5, 6, 7], [9]]
+    assert spread.generate(prompts, max_tokens=6) == alone.generate(prompts, max_tokens=6)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("fp8", 8), ("int4", 4)])
+def test_matrices_take_the_bits_of_their_format(checkpoint, weights, bits):
+    params = HunyuanMoE.from_hf(checkpoint, weights=weights).weights.params
+    found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    matrices = [x for x in found if isinstance(x, QuantizedWeight)]
+    # Of two layers that share k and v: q, o, three of the routed experts, three of the shared; k and v of the first.
+    assert len(matrices) == 2 * (2 + 3 + 3) + 2
+    assert all(8 * x.values.nbytes == bits * np.prod(x.shape) for x in matrices)
+    others = {x.shape for x in found if not isinstance(x, QuantizedWeight)}
+    assert others == {(300, 32), (32,), (2, 32), (2, 8), (2, 32, 4)}
+
+
+def test_the_command_takes_the_format(checkpoint, capsys):
+    arguments = [str(checkpoint), "--prompt", "In the", "--max-tokens", "4", "--weights"]
+    assert main([*arguments, "int4"]) == 0
+    assert capsys.readouterr().out.startswith("In the")
+    with pytest.raises(SystemExit):
+        main([*arguments, "int3"])
+
+
+def test_a_format_that_is_none(checkpoint):
+    with pytest.raises(ConfigError, match="precision.frozen='int3': give one of float32, bfloat16, int8, fp8, int4"):
+        HunyuanMoE.from_hf(checkpoint, weights="int3")

@@ -1,0 +1,183 @@
+"""Adapters beside the frozen weights of two layers that share keys and values."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from experiments.run import run
+from moe import HunyuanMoE
+from moe.model.adapter import LoraConfig
+from moe.model.config import ConfigError, ModelConfig, RouterConfig
+from moe.model.execution import Execution
+from moe.model.precision import FULL
+from moe.model.transformer import Transformer
+from moe.train.data import Batch
+from moe.train.lora import merged
+from moe.train.optimizer import OptimizerConfig
+from moe.train.state import make_blueprint
+from moe.train.step import make_evaluation_step, make_train_step, place_batch
+from moe.train.trained import TrainedModel
+from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.mesh import MeshConfig, make_mesh
+from tests.closeness import assert_trees_equal_to_scale
+from tests.moe.train.small_run import small_experiment, small_run
+
+MODEL = ModelConfig(
+    vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, d_expert=8,
+    cla_factor=2, init_std=0.2, router=RouterConfig(balance="none"),
+)  # fmt: skip
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1)
+# Keeps the gradients as its state, and moves nothing.
+RECORDER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
+
+
+def blueprint_of(mesh=None, frozen=None, lora=LORA, optimizer=None):
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    precision = dataclasses.replace(FULL, frozen=frozen)
+    adam = OptimizerConfig(learning_rate=3e-2, warmup_steps=1)
+    blueprint = make_blueprint(MODEL, precision, Execution(), adam, layout, steps=100, lora=lora)
+    return blueprint if optimizer is None else dataclasses.replace(blueprint, optimizer=optimizer)
+
+
+def batch_of() -> Batch:
+    tokens_BT = np.random.default_rng(0).integers(0, MODEL.vocab_size, (8, 8)).astype(np.int32)
+    positions_BT = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))
+    ones_BT = np.ones((8, 8), np.int32)
+    return Batch(tokens_BT, np.roll(tokens_BT, -1, 1), positions_BT, ones_BT, ones_BT.astype(np.float32))
+
+
+def adapted(state):
+    """With a B that is not zero, so that the adapters add something."""
+    leaves, tree = jax.tree.flatten(state.params)
+    r = np.random.default_rng(7)
+    drawn = [jax.device_put(r.normal(0, 0.2, x.shape).astype(x.dtype), x.sharding) for x in leaves]
+    return state._replace(params=jax.tree.unflatten(tree, drawn))
+
+
+def copied(tree):
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+@pytest.mark.parametrize("frozen", [None, "int4"])
+def test_adapters_alone_learn(frozen):
+    blueprint = blueprint_of(frozen=frozen)
+    state = blueprint.create_state(seed=0)
+    assert {path[-1].key for path, _ in jax.tree.flatten_with_path(state.params)[0]} == {"a", "b"}
+    moments = next(part for part in state.opt_state if hasattr(part, "mu"))
+    assert jax.tree.structure(moments.mu) == jax.tree.structure(state.params)
+    base, step, losses = copied(state.frozen), make_train_step(blueprint, seed=0), []
+    for _ in range(25):
+        state, metrics = step(state, batch_of())
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.3
+    jax.tree.map(np.testing.assert_array_equal, copied(state.frozen), base)
+
+
+@functools.cache
+def gradients(mesh, frozen):
+    blueprint = blueprint_of(mesh, frozen, optimizer=RECORDER)
+    state, metrics = make_train_step(blueprint, seed=0)(
+        adapted(blueprint.create_state(seed=0)), place_batch(batch_of(), blueprint.layout)
+    )
+    return state.opt_state[0].trace, metrics.loss
+
+
+@pytest.mark.parametrize(
+    ("mesh", "frozen"),
+    [(MeshConfig(data=2, expert=4), None), (MeshConfig(data=2, expert=2, tensor=2), "int8")],
+    ids=str,
+)
+def test_eight_devices_give_the_gradients_of_one(mesh, frozen):
+    assert_trees_equal_to_scale(gradients(mesh, frozen), gradients(None, frozen))
+
+
+@pytest.mark.parametrize("frozen", [None, "int8"])
+def test_merging_changes_nothing_but_rounding(frozen):
+    blueprint = blueprint_of(frozen=frozen)
+    state = adapted(blueprint.create_state(seed=0))
+    beside = blueprint.model(state.params, state.balance, state.frozen)
+    beside.eval()
+    plain = nnx.graphdef(nnx.eval_shape(lambda: Transformer(MODEL, blueprint.precision, Execution(), rngs=nnx.Rngs(0))))
+    models = [beside, *(nnx.merge(plain, p) for p in (merged(state.params, state.frozen, LORA), state.frozen))]
+    expected, within, before = (np.asarray(model(batch_of().tokens_BT).hidden_BTD) for model in models)
+    np.testing.assert_allclose(within, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_dropout_draws_anew_each_step_and_not_in_evaluation():
+    blueprint = blueprint_of(optimizer=optax.scale(0.0))
+    state = adapted(blueprint.create_state(seed=0))
+    step, evaluate, losses = make_train_step(blueprint, seed=0), make_evaluation_step(blueprint), []
+    before = evaluate(state, batch_of())
+    for _ in range(2):
+        state, metrics = step(state, batch_of())
+        losses.append(float(metrics.loss))
+    assert losses[0] != losses[1]
+    np.testing.assert_array_equal(before, evaluate(state, batch_of()))
+
+
+def test_given_weights_become_the_base_and_leave_the_model_as_it_was():
+    plain = blueprint_of(lora=None)
+    trained = plain.create_state(seed=5)
+    expected, loss = copied(trained.params), make_evaluation_step(plain)(trained, batch_of())
+    blueprint = blueprint_of()
+    state = blueprint.state_from(trained.params, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, copied(state.frozen), expected)
+    jax.tree.map(np.testing.assert_array_equal, state.params, blueprint.create_state(seed=1).params)
+    np.testing.assert_allclose(make_evaluation_step(blueprint)(state, batch_of()), loss, rtol=1e-6)
+
+
+def test_a_quantized_base_takes_its_bits():
+    state = blueprint_of(MeshConfig(data=2, expert=4), frozen="int4").abstract_state()
+    layer = state.frozen["stacks"][0]["blocks"][0]
+    assert layer["feed_forward"]["experts"]["w_gate_EDF"].values.dtype == jnp.uint8
+    assert layer["attention"]["w_q_DNH"].values.shape == (1, 8, 2, 8)
+    assert layer["attention_norm_D"].dtype == state.frozen["embedding_VD"].dtype == jnp.float32
+
+
+def test_what_does_not_work_together():
+    with pytest.raises(ConfigError, match="precision.frozen='int8' without lora"):
+        blueprint_of(frozen="int8", lora=None)
+    with pytest.raises(ConfigError, match="lora with mesh.stage=2"):
+        blueprint_of(MeshConfig(stage=2))
+    with pytest.raises(ConfigError, match="lora.dropout=1"):
+        LoraConfig(dropout=1)
+
+
+def test_a_run_keeps_adapters_alone_and_is_served_with_them_merged(tmp_path):
+    small_run(tmp_path / "base", tmp_path / "corpus", "training.steps=3", "optimizer.warmup_steps=1")
+    experiment = small_experiment(tmp_path / "corpus").vary(
+        {
+            "lora": LoraConfig(rank=4),
+            "init_from": str(tmp_path / "base"),
+            "training.steps": 4,
+            "precision.frozen": "int8",
+        }
+    )
+    console = Console(quiet=True)
+    outcome = run(experiment, tmp_path / "run", console)
+    again = run(experiment, tmp_path / "run", console)
+    jax.tree.map(np.testing.assert_array_equal, copied(again.state), copied(outcome.state))
+
+    trained = TrainedModel(tmp_path / "run")
+    adapters, _ = trained.restore(SINGLE_DEVICE)
+    jax.tree.map(np.testing.assert_array_equal, copied(adapters), copied(outcome.state.params))
+    with pytest.raises(ConfigError, match="holds adapters for"):
+        trained.arrays(SINGLE_DEVICE)
+    kept = sum(file.stat().st_size for file in trained.checkpoint.rglob("*") if file.is_file())
+    before = sum(f.stat().st_size for f in TrainedModel(tmp_path / "base").checkpoint.rglob("*") if f.is_file())
+    assert kept < before
+
+    served = HunyuanMoE.from_hf(tmp_path / "run").weights.params
+    base = HunyuanMoE.from_hf(tmp_path / "base").weights.params
+    expected = merged(adapters, base, experiment.lora)
+    jax.tree.map(np.testing.assert_array_equal, copied(served), copied(expected))
+    queries, before = (tree["stacks"][0]["blocks"][0]["attention"]["w_q_DNH"] for tree in (served, base))
+    assert (np.asarray(queries) != np.asarray(before)).any()
