@@ -273,7 +273,7 @@ class Layout:
         stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
         # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
         weight = self._constrain(weight, stored)
-        if place > 0 and (names := stored[place]):
+        if self.mesh is not None and place > 0 and (names := stored[place]):
             weight = join_leading(weight, place, self.mesh.shape, names, used, self._constrain)
         return self._constrain(weight, used)
 
