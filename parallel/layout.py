@@ -56,7 +56,7 @@ class LayoutConfig:
         sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
         heads need not divide (moe/ops/attention/ring.py).
     optimizer_states, gradients: where these wait for the update: in the devices' memory, or in their hosts', whence it
-        fetches one layer after the other (with mesh.stage above 1: all at once). Of gradients only the layers' go there.
+        fetches one layer after the other (with mesh.stage above 1: all at once). Only the layers' gradients go there.
     """
 
     experts: tuple[str, ...] = ("expert",)
