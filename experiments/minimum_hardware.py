@@ -64,7 +64,7 @@ FINE_TUNE = Job(
     mesh=MeshConfig(expert=16),
     layout=LayoutConfig(optimizer_states="host", gradients="host"),
 )
-"""Each GPU has one of the sixteen experts, and one sequence. Float32 master weights and both moments, and the gradients,
+"""Each GPU has one of the sixteen experts, and one sequence. Float32 master weights, both moments and the gradients
 wait on the hosts: 14 bytes a parameter."""
 
 SERVE = Job(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from parallel.gather import join_leading
+from parallel.gather import join_leading, with_gradient
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
@@ -55,10 +55,8 @@ class LayoutConfig:
     sequence: how attention sees the sequences that `sequence` splits. "heads": an all-to-all gives each device whole
         sequences of some heads (Ulysses, arXiv 2309.14509). "ring": keys and values travel from device to device, and
         heads need not divide (moe/ops/attention/ring.py).
-    optimizer_states: where these wait between steps: in the devices' memory, or in their hosts', from where the update
-        fetches one layer after the other (with mesh.stage above 1: all at once).
-    gradients: where those of the layers wait for the update: in the devices' memory, or in their hosts', where the
-        backward pass puts each layer's, in the parameters' format.
+    optimizer_states, gradients: where these wait for the update: in the devices' memory, or in their hosts', whence it
+        fetches one layer after the other (with mesh.stage above 1: all at once). Only the layers' gradients go there.
     """
 
     experts: tuple[str, ...] = ("expert",)
@@ -266,14 +264,18 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format. What its gradient
+        sums over devices arrives where gradients live."""
         stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
-        # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
-        weight = self._constrain(weight, stored)
-        names = stored[place] if place > 0 else None
-        if names is not None:
-            weight = join_leading(weight, place, self._size(names), names, used, self._constrain)
-        return self._constrain(weight, used)
+
+        def gathered(weight: jax.Array) -> jax.Array:
+            # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
+            weight = self._constrain(weight, stored)
+            if self.mesh is not None and place > 0 and (names := stored[place]):
+                weight = join_leading(weight, place, self.mesh.shape, names, used, self._constrain)
+            return self._constrain(weight, used)
+
+        return with_gradient(gathered, lambda g: self._constrain(g, self.gradient_spec(axes)))(weight)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
@@ -381,8 +383,7 @@ class Layout:
             return None
         for letter, size, names in zip(axes, shape, spec, strict=False):
             names = (names,) if isinstance(names, str) else names or ()
-            parts = self._size(names)
-            if size % parts:
+            if size % (parts := self._size(names)):
                 over = " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
                 raise LayoutError(
                     f"axis {letter} of w_{axes} has size {size}, which does not divide over {over} = {parts}: "
