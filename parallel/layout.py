@@ -264,18 +264,19 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format. What its gradient
-        sums over devices arrives where gradients live."""
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+        if (mesh := self.mesh) is None:
+            return weight
         stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
 
         def gathered(weight: jax.Array) -> jax.Array:
             # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
             weight = self._constrain(weight, stored)
-            if self.mesh is not None and place > 0 and (names := stored[place]):
-                weight = join_leading(weight, place, self.mesh.shape, names, used, self._constrain)
+            if place > 0 and (names := stored[place]):
+                weight = join_leading(weight, place, mesh.shape, names, used, self._constrain)
             return self._constrain(weight, used)
 
-        return with_gradient(gathered, lambda g: self._constrain(g, self.gradient_spec(axes)))(weight)
+        return with_gradient(gathered, lambda g: self.constrain_gradient(self._constrain(g, used), axes))(weight)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:
         """States where a weight's gradient lives."""
@@ -393,8 +394,7 @@ class Layout:
 
 
 def _at_most(size: int, limit: int) -> str:
-    fitting = [n for n in range(1, limit) if size % n == 0]
-    return " or ".join(str(n) for n in fitting)
+    return " or ".join(str(n) for n in range(1, limit) if size % n == 0)
 
 
 SINGLE_DEVICE = Layout()

@@ -40,7 +40,7 @@ class Campaign:
         return self.gpu_days * 24 * self.plan.chip.watts / 1e6
 
     def gpus_for(self, days: float) -> int:
-        """To be done in so many days, in whole nodes, if more nodes were worth as much as these: they would be copies of
-        the model that take their share of a larger batch."""
+        """To be done in so many days, in whole nodes, if more nodes were worth as much as these: as copies of the model
+        that take their share of a larger batch."""
         per_node = self.plan.cluster.gpus_per_node
         return -(-int(-(-self.gpu_days // days)) // per_node) * per_node

@@ -79,11 +79,6 @@ def test_products_by_use(counted):
     assert found["recomputed"] == pytest.approx(again, rel=0.01)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="since Layout.gather brings the parts along an axis of their own, XLA sums the gradients of most of them "
-    "whole (all-reduce) where it scattered them before",
-)
 def test_bytes_of_collectives(counted):
     """All weights come once for each pass that uses them, in bfloat16, the router's and the embedding in float32; the
     embedding comes as the head as well, in bfloat16. The gradients leave once in bfloat16, those of the router, the
