@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.hunyuan_large import experiment
+from experiments.hunyuan_quantized import lora_on_four, served_in_4_bits, served_in_8_bits
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.model.presets import HUNYUAN_LARGE
@@ -38,12 +39,13 @@ ROOM = 6e9
 @dataclass(frozen=True)
 class Row:
     """
-    work: what is to be done. asked: GPUs that Tencent's table asks for it (README of Tencent-Hunyuan-Large).
+    work: what is to be done. asked: GPUs that Tencent's table asks for it (README of Tencent-Hunyuan-Large); None where
+        it says nothing.
     steps: all of which must fit.
     """
 
     work: str
-    asked: int
+    asked: int | None
     cluster: Cluster
     steps: tuple[Job, ...]
 
@@ -84,6 +86,15 @@ ROWS = (
     Row(
         "serving in bfloat16, context 32K", 16, Cluster(nodes=2, gpus_per_node=5, nics_per_node=5, prefetch=False),
         (SERVE, replace(SERVE, kind="prefill")),
+    ),
+    Row("LoRA on a 4-bit base, sequence 2048", 8, Cluster(gpus_per_node=4, nics_per_node=4), (lora_on_four(),)),
+    Row(
+        "serving in int8, context 32K", 8, Cluster(gpus_per_node=5, nics_per_node=5),
+        (served_in_8_bits("decode"), served_in_8_bits("prefill")),
+    ),
+    Row(
+        "serving in int4, context 32K", None, Cluster(gpus_per_node=4, nics_per_node=4),
+        (served_in_4_bits("decode"), served_in_4_bits("prefill")),
     ),
 )  # fmt: skip
 
@@ -137,7 +148,7 @@ def table(found: list[Found], chip: Chip) -> Table:
         facts, row = each.facts, each.row
         allocated = "" if facts is None else f"{facts.allocated / GB:.1f}"
         cells = (
-            str(row.asked),
+            "–" if row.asked is None else str(row.asked),
             str(row.gpus),
             each.step.mesh.text,
             allocated,

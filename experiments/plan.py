@@ -24,6 +24,7 @@ from moe.model.config import ConfigError
 from moe.planner.chips import CHIPS, Chip, ChipError, chip_named
 from moe.planner.compile import CompileError
 from moe.planner.job import Job, Kind
+from moe.planner.kernels import CountError
 from moe.planner.plan import Plan, make_plan
 from moe.planner.plan_json import plan_values
 from moe.planner.plan_report import pictures_of, report_of
@@ -37,7 +38,7 @@ from parallel.network.cluster import Cluster, ClusterError, Fabric
 from parallel.network.links import LinksError, read_links
 
 MISTAKES = (ConfigError, MeshError, LayoutError, ChipError, ClusterError, LinksError)
-FAILURES = (CompileError, OSError)
+FAILURES = (CompileError, CountError, OSError)
 DOES_NOT_FIT = 3
 
 

@@ -38,8 +38,8 @@ def join_leading(
 def with_gradient(rearrange: Callable[[Array], Array], place: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """`rearrange`, which changes where x lies and no value of it, with x's gradient laid where `place` says.
 
-    Of a gradient that is stated whole and then in parts XLA makes one scatter; as the transpose of `join_leading` it would
-    sum it whole: twice the bytes.
+    Of a gradient that is stated whole and then in parts XLA makes one scatter; as the transpose of `join_leading` it
+    would sum it whole: twice the bytes.
     """
     rearranged = jax.custom_vjp(rearrange)
     rearranged.defvjp(lambda x: (rearrange(x), None), lambda _, dx: (place(dx),))

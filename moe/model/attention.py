@@ -131,8 +131,9 @@ class Attention(nnx.Module):
             # They fill the cache, so each stands at its own place, and no mask is needed.
             slots_BT = None
         q_BSNH = layout.constrain(q_BTNH, "BSNH")
-        if kv.cache is None and layout.mesh is not None and layout.mesh.abstract_mesh.manual_axes:
-            # Inside a pipeline's shard_map cuDNN's call cannot be partitioned: each device is given its own part.
+        if kv.cache is None and layout.mesh is not None:
+            # cuDNN's call cannot be partitioned inside a pipeline's shard_map, nor where `sequence` has the queries:
+            # each device is given its own part.
             heads, keys, tokens = (layout.activation_spec(axes) for axes in ("BSNH", "BSMH", "BS"))
 
             def attend(q_BSNH, k_BSMH, v_BSMH, segments_BS):

@@ -99,8 +99,14 @@ def compile_job(
         TargetError: neither this environment nor .venv-plan has the CUDA plugin.
         CompileError: XLA, or our own checks, refuse the program.
     """
+    flags = [f"--{flag.name}={flag.value}" for flag in xla_flags(cluster)]
     request = json.dumps(
-        {"job": job.to_json(), "chip": dataclasses.asdict(chip), "cluster": dataclasses.asdict(cluster)}
+        {
+            "job": job.to_json(),
+            "chip": dataclasses.asdict(chip),
+            "devices_per_node": cluster.gpus_per_node,
+            "flags": flags,
+        }
     )
     folder = cache / hashlib.sha256((request + _digest_of_sources()).encode()).hexdigest()[:32]
     if not (folder / "facts.json").exists():
@@ -111,7 +117,6 @@ def compile_job(
             work.mkdir()
             (work / "request.json").write_text(request, "utf-8")
             report(f"compiling for {cluster.nodes * cluster.gpus_per_node} x {chip.device}")
-            flags = [f"--{flag.name}={flag.value}" for flag in xla_flags(cluster)]
             flags += [f"--xla_dump_to={work.resolve() / 'dump'}", "--xla_dump_hlo_as_text"]
             environment = os.environ | {
                 "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -181,9 +186,8 @@ def _work(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text("utf-8"))
     job = job_from_json(request["job"])
     chip: Chip = rebuilt(Chip, request["chip"])
-    cluster: Cluster = rebuilt(Cluster, request["cluster"])
     start = time.monotonic()
-    mesh = described_mesh(chip, job.mesh, cluster.gpus_per_node)
+    mesh = described_mesh(chip, job.mesh, request["devices_per_node"])
     dump = folder / "dump"
     compiled = lower(replace(job, execution=backends(chip, job.execution)), mesh).compile()
     seconds = time.monotonic() - start

@@ -99,7 +99,7 @@ class _Counter:
                 yield run
 
     def _loop(self, computation: Computation, each: Instruction) -> Loop:
-        times: float | None = each.trip_count
+        times: float | None = each.trip_count or self._limit(each)
         if times is None and purpose(self.module, computation, each).use == "attention":
             times = self.key_blocks
         if times is None:
@@ -109,6 +109,16 @@ class _Counter:
             )
         body = self.module.computations[each.attributes["body"].lstrip("%")]
         return Loop(times, tuple(self.events(body)))
+
+    def _limit(self, each: Instruction) -> int | None:
+        """Of a loop that counts from 0 up to a constant, which XLA does not always tell: the constant, where the loop's
+        condition has but one."""
+        condition = self.module.computations[each.attributes["condition"].lstrip("%")]
+        inside = [condition, *(part for use in condition.instructions.values() for part in self.module.called(use))]
+        found = [use for part in inside for use in part.instructions.values()]
+        compared = [use for use in found if use.opcode == "compare" and use.attributes.get("direction") == "LT"]
+        limits = {use.literal for use in found if use.opcode == "constant" and use.shape.dtype == "s32"}
+        return int(limits.pop()) if len(compared) == 1 and len(limits) == 1 else None
 
     def _heaviest(self, branches: list[tuple[Event, ...]]) -> tuple[Event, ...]:
         def weight(branch: tuple[Event, ...]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from moe.model.config import ConfigError
 from moe.planner.chips import Chip
 from moe.planner.compile import CompileError
 from moe.planner.job import Job
+from moe.planner.kernels import CountError
 from moe.planner.plan import make_plan
 from moe.planner.rank import Option, ranked
 from moe.planner.space import SAVINGS, meshes, microbatches, settings_of, virtual_stages
@@ -105,7 +106,7 @@ def prove(
             break
         try:
             plan = make_plan(option.plan.job, chip, cluster, links=links, report=report)
-        except CompileError as error:
+        except (CompileError, CountError) as error:
             refused.append((option, f"XLA refuses it: {error}"))
             continue
         compiled = Option(option.changes, option.saving, plan)

@@ -15,19 +15,29 @@ AXES = tuple(field.name for field in fields(MeshConfig))
 class Savings:
     """One way to make a step fit, by what it costs: the later in `SAVINGS`, the dearer.
 
-    changes: of settings. keeps_numbers: whether the training is the same but for rounding.
+    changes: of settings.
     """
 
     name: str
     changes: Mapping[str, Any]
-    keeps_numbers: bool = True
 
 
 SAVINGS = (
-    Savings("nothing recomputed", {"execution.remat": "none", "layout.optimizer_states": "device"}),
-    Savings("products kept", {"execution.remat": "matmuls", "layout.optimizer_states": "device"}),
-    Savings("all recomputed", {"execution.remat": "full", "layout.optimizer_states": "device"}),
+    Savings("nothing recomputed", {"execution.remat": "none"}),
+    Savings("products kept", {"execution.remat": "matmuls"}),
+    Savings("all recomputed", {"execution.remat": "full"}),
     Savings("optimizer states on the host", {"execution.remat": "full", "layout.optimizer_states": "host"}),
+    Savings(
+        "bfloat16 parameters; gradients, optimizer states and float32 master weights on the host",
+        {
+            "execution.remat": "full",
+            "layout.optimizer_states": "host",
+            "layout.gradients": "host",
+            "precision.parameters": "bfloat16",
+            "precision.gradients": "bfloat16",
+            "optimizer.master_weights": True,
+        },
+    ),
 )
 """Tried in this order for each mesh: the first that fits is the fastest that does, for each adds work to the last."""
 

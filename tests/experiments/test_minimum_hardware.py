@@ -37,5 +37,5 @@ def test_a_host_has_what_its_eight_gpus_put_there():
 
 def test_every_row_asks_for_fewer_gpus_than_tencent_and_fills_them():
     for row in ROWS:
-        assert row.gpus < row.asked
+        assert row.asked is None or row.gpus < row.asked
         assert {step.mesh.num_devices for step in row.steps} == {row.gpus}

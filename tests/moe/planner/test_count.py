@@ -173,6 +173,15 @@ def test_a_loop_runs_as_often_as_xla_knows():
     assert (work.flops, work.bytes) == (15 * 8, 15 * 64)
 
 
+def test_a_loop_runs_up_to_the_constant_of_its_condition():
+    condition = """  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n = s32[] constant(7)
+  ROOT %yes = pred[] compare(%i.1, %n), direction=LT"""
+    (loop,) = counted(TURNS, LOOP.replace("  ROOT %yes = pred[] constant(true)", condition)).events
+    assert isinstance(loop, Loop)
+    assert loop.times == 7
+
+
 def test_a_loop_of_unknown_length_is_refused_but_for_attention_in_chunks():
     with pytest.raises(CountError, match="w .*: how often this loop runs is not known"):
         counted(TURNS, LOOP, key_blocks=2.5)
