@@ -35,7 +35,10 @@ def test_a_trained_models_logits_stay_close(run, weights, limit):
 
 @pytest.mark.parametrize(
     ("weights", "mesh"),
-    [("int4", MeshConfig(data=2, expert=4)), ("int8", MeshConfig(data=2, expert=2, tensor=2))],
+    [
+        pytest.param("int4", MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
+        ("int8", MeshConfig(data=2, expert=2, tensor=2)),
+    ],
     ids=str,
 )
 def test_a_mesh_gives_the_same_tokens_and_logits(checkpoint, weights, mesh):

@@ -93,7 +93,7 @@ def gradients(mesh, frozen):
     ("mesh", "frozen"),
     [
         pytest.param(MeshConfig(data=2, expert=4), None, marks=pytest.mark.slow),
-        (MeshConfig(data=2, expert=2, tensor=2), "int8"),
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), "int8", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -154,6 +154,7 @@ def test_what_does_not_work_together():
         LoraConfig(dropout=1)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_adapters_alone_and_is_served_with_them_merged(tmp_path):
     small_run(tmp_path / "base", tmp_path / "corpus", "training.steps=3", "optimizer.warmup_steps=1")
     experiment = small_experiment(tmp_path / "corpus").vary(

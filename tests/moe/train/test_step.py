@@ -148,6 +148,7 @@ def test_evaluation_is_the_loss_before_the_step():
     np.testing.assert_allclose(loss / tokens, metrics.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_draw_their_own_random_slots():
     blueprint = blueprint_of(ROUTERS["recycle"])
     step = make_train_step(blueprint, seed=0)
@@ -161,6 +162,7 @@ def test_steps_draw_their_own_random_slots():
     assert float(again.loss) == losses[0]
 
 
+@pytest.mark.slow
 def test_bf16_learns():
     config = dataclasses.replace(SMALL, router=ROUTERS["capacity"])
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)

@@ -45,6 +45,7 @@ def three_steps(layout: LayoutConfig):
     return state, told
 
 
+@pytest.mark.slow
 def test_steps_with_everything_on_the_host_are_the_ordinary_ones():
     (state, told), (expected, expected_told) = three_steps(ON_HOST), three_steps(LayoutConfig())
     assert_trees_equal_to_scale(told, expected_told)
@@ -61,7 +62,7 @@ def test_gradients_of_the_stacks_land_on_the_host():
     blueprint = blueprint_of(ON_HOST)
 
     def objective(params, landing, factor):
-        model = blueprint.model(params, {})
+        model = blueprint.model(params, {}, {})
         output = model(batch_of().tokens_BT, layout=blueprint.layout, landing=landing)
         return factor * output.hidden_BTD.sum(), None
 
