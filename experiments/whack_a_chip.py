@@ -93,7 +93,7 @@ def study(tables: Mapping[str, list[Row]]) -> tuple[Report, Figure, dict[str, An
         good=True,
         warnings=("estimated, not compiled",) if recipes[H20.name].origin == "estimated" else (),
         sections=(
-            Section(f"{TOKENS / 1e12:g}T tokens, every lever pulled", campaign_table(campaigns), CAMPAIGN_NOTES),
+            Section(f"{TOKENS / 1e12:g}T tokens, every lever pulled", campaign_table(campaigns), campaign_notes(CHIPS)),
             Section("GPU-days with one lever turned, times the recipe's", lever_table(tables)),
             Section("An H20 with other arithmetic: times H20's step", arithmetic_table(arithmetic), RULE, "limits"),
             Section("An H20 with less of something else: times H20's step", other_table(others), OTHER_NOTES),
@@ -119,12 +119,13 @@ def campaign_table(campaigns: Mapping[str, Campaign]) -> Table:
     return table(columns, rows)
 
 
-CAMPAIGN_NOTES = (
-    "Days are of steps alone, without failures and evaluations, with the prediction's uncertainty. Energy is of the "
-    "boards at full power (" + ", ".join(f"{chip.name} {chip.watts:g} W" for chip in CHIPS) + "); hosts, network and "
-    "cooling come on top.",
-    "3A090: what the figures mean under the rule of 2023-10 for a chip made for data centers.",
-)
+def campaign_notes(chips: tuple[Chip, ...]) -> tuple[str, ...]:
+    watts = ", ".join(f"{chip.name} {chip.watts:g} W" for chip in chips)
+    return (
+        "Days are of steps alone, without failures and evaluations, with the prediction's uncertainty. Energy is of the "
+        f"boards at full power ({watts}); hosts, network and cooling come on top.",
+        "3A090: what the figures mean under the rule of 2023-10 for a chip made for data centers.",
+    )
 
 
 def lever_table(tables: Mapping[str, list[Row]]) -> Table:
@@ -223,22 +224,31 @@ def figures(
     """All of it as JSON values."""
     return {
         "tokens": TOKENS,
-        "campaigns": {
-            name: {
-                "gpus": each.plan.devices, "step_seconds": each.plan.prediction.seconds,
-                "mfu": each.plan.prediction.mfu, "days": each.days, "days_range": each.days_range,
-                "gpu_days": each.gpu_days, "megawatt_hours": each.megawatt_hours, "tpp": each.plan.chip.tpp,
-                "performance_density": each.plan.chip.performance_density, "export": each.plan.chip.export,
-                "origin": each.plan.origin,
-            }
-            for name, each in campaigns.items()
-        },
+        "campaigns": {name: campaign_figures(each) for name, each in campaigns.items()},
         "levers": {
             chip: {row.label: lever_cell(row.label, rows) for row in rows[1:]} for chip, rows in tables.items()
         },
         "tpp": {label: [(point.value, point.slower) for point in points] for label, points in arithmetic.items()},
         "limits": {name: [(point.value, point.slower) for point in points] for name, points in others.items()},
     }  # fmt: skip
+
+
+def campaign_figures(campaign: Campaign) -> dict[str, Any]:
+    """As JSON values."""
+    plan = campaign.plan
+    return {
+        "gpus": plan.devices,
+        "step_seconds": plan.prediction.seconds,
+        "mfu": plan.prediction.mfu,
+        "days": campaign.days,
+        "days_range": campaign.days_range,
+        "gpu_days": campaign.gpu_days,
+        "megawatt_hours": campaign.megawatt_hours,
+        "tpp": plan.chip.tpp,
+        "performance_density": plan.chip.performance_density,
+        "export": plan.chip.export,
+        "origin": plan.origin,
+    }
 
 
 def parser() -> argparse.ArgumentParser:
