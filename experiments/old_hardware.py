@@ -4,9 +4,9 @@
 
 For each chip the fastest layout that fits, on the fewest GPUs of 512, 1024 and 2048; then GPU-days, days and
 megawatt-hours for 7T tokens, and what each lever is worth there. An RTX 4090 has 24 GB and no NVLink: the GPUs of a
-node share PCIe. A V100 has 32 GB and no bfloat16: XLA computes such products in float32 (moe/planner/backends.py). Layouts
-are chosen by estimates; times are predicted, of programs that XLA compiled for each chip, or with --estimate of
-estimated ones.
+node share PCIe. A V100 has 32 GB and no bfloat16: XLA computes such products in float32 (moe/planner/backends.py).
+Layouts are chosen by estimates; times are predicted, of programs that XLA compiled for each chip, or with --estimate
+of estimated ones.
 """
 
 import argparse

@@ -122,8 +122,8 @@ def campaign_table(campaigns: Mapping[str, Campaign]) -> Table:
 def campaign_notes(chips: tuple[Chip, ...]) -> tuple[str, ...]:
     watts = ", ".join(f"{chip.name} {chip.watts:g} W" for chip in chips)
     return (
-        "Days are of steps alone, without failures and evaluations, with the prediction's uncertainty. Energy is of the "
-        f"boards at full power ({watts}); hosts, network and cooling come on top.",
+        "Days are of steps alone, without failures and evaluations, with the prediction's uncertainty. Energy is of "
+        f"the boards at full power ({watts}); hosts, network and cooling come on top.",
         "3A090: what the figures mean under the rule of 2023-10 for a chip made for data centers.",
     )
 

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "experiments/notebooks").glob("*.ipynb"))
+TOLD = {"first_steps": "nats per token", "whack_a_chip": "GPU-days"}
+"""What each prints."""
 
 
 def code_cells(notebook):
@@ -33,5 +35,6 @@ def test_runs_from_top_to_bottom(notebook, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "nats per token" in done.stdout
-    assert list(tmp_path.glob("*/run/pictures/expert_load.png"))
+    assert TOLD[notebook.stem] in done.stdout
+    if notebook.stem == "first_steps":
+        assert list(tmp_path.glob("*/run/pictures/expert_load.png"))
