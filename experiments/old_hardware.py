@@ -19,9 +19,10 @@ from rich.console import Console
 
 from experiments.ablate import rows_of
 from experiments.experiment import Experiment
-from experiments.plan import FAILURES, MISTAKES, consoles, job_of
+from experiments.fewest_gpus import GPUS, layout_for
+from experiments.plan import FAILURES, MISTAKES, consoles
 from experiments.run import load_experiment
-from experiments.search import name
+from experiments.search import layout_name
 from experiments.summary import escaped
 from experiments.whack_a_chip import RECIPE, TOKENS, campaign_figures, campaign_notes, campaign_table, lever_table
 from moe.planner.ablation import Row
@@ -31,15 +32,10 @@ from moe.planner.rank import Option
 from moe.planner.report import Report, Section, table
 from moe.planner.report_html import html
 from moe.planner.report_text import print_report
-from moe.planner.search import candidates, look
 from moe.planner.units import gib
 from moe.train.run_folder import write_atomically
-from parallel.network.cluster import Cluster
 
 CHIPS = (H20, A800, V100, RTX_4090)
-GPUS = (512, 1024, 2048)
-WORTH = {"mesh.stage": (1,), "mesh.sequence": (1,), "mesh.expert": (8, 16), "mesh.tensor": (1, 2, 4, 8)}
-"""What is looked through: the layouts that a whole search finds at the front, and no others, for it to take seconds."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     console, errors = consoles()
     try:
-        layouts = {chip.name: layout_for(chip, errors) for chip in CHIPS}
+        recipe = load_experiment(RECIPE)
+        layouts = {chip.name: layout_for(recipe, chip, errors) for chip in CHIPS}
         tables = {
             chip.name: rows_for(chip, option, options, errors)
             for chip in CHIPS
@@ -66,23 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"[bold red]failed:[/] {escaped(error)}")
         return 1
     return 0
-
-
-def layout_for(chip: Chip, told: Console) -> Option | None:
-    """The fastest that fits on the fewest GPUs, by estimates; None where none does."""
-    experiment = load_experiment(RECIPE)
-    for gpus in GPUS:
-        cluster = Cluster(nodes=gpus // 8, gpu_link=chip.link)
-        found = [
-            settings
-            for settings in candidates(job_of(experiment, "train"), cluster)
-            if all(settings[path] in values for path, values in WORTH.items())
-        ]
-        told.print(f"{chip.name}: estimating {len(found)} layouts on {gpus} GPUs")
-        seen = look(found, lambda changes: job_of(experiment.vary(changes), "train"), chip, cluster)
-        if seen.options and seen.options[0].plan.fits:
-            return seen.options[0]
-    return None
 
 
 def rows_for(chip: Chip, option: Option, options: argparse.Namespace, told: Console) -> list[Row]:
@@ -121,7 +101,7 @@ def layout_table(layouts: dict[str, Option | None], tables: dict[str, list[Row]]
         plan = tables[chip][0].plan if chip in tables else None
         if option is not None and plan is not None:
             fits = "yes" if plan.fits else f"no, {gib(-plan.spare)} over"
-            rows.append((chip, name(option), str(plan.devices), gib(plan.memory.allocated), fits))
+            rows.append((chip, layout_name(option), str(plan.devices), gib(plan.memory.allocated), fits))
     return table(("chip", "layout", "GPUs", "memory of each", "fits"), rows, words=2)
 
 

@@ -156,13 +156,15 @@ def tell(
     for option, reason in others:
         plan = option.plan
         time = seconds(plan.prediction.seconds) if plan.fits else "–"
-        table.add_row(name(option), plan.origin, gib(plan.memory.allocated).removesuffix(" GiB"), time, escaped(reason))
+        table.add_row(
+            layout_name(option), plan.origin, gib(plan.memory.allocated).removesuffix(" GiB"), time, escaped(reason)
+        )
     console.print(table)
     if proof is None:
         console.print("all of it estimated, nothing compiled")
 
 
-def name(option: Option) -> str:
+def layout_name(option: Option) -> str:
     """A layout in a few words."""
     job = option.plan.job
     virtual = f", {job.virtual_stages} virtual stages" if job.virtual_stages > 1 else ""
@@ -174,7 +176,7 @@ def described(option: Option) -> str:
     """A layout with its figures."""
     plan, predicted = option.plan, option.plan.prediction
     return (
-        f"{name(option)}: {seconds(predicted.seconds)} a step, {predicted.tokens_per_second:,.0f} tokens/s, "
+        f"{layout_name(option)}: {seconds(predicted.seconds)} a step, {predicted.tokens_per_second:,.0f} tokens/s, "
         f"{predicted.mfu:.1%} MFU, {gib(plan.memory.allocated)} on each GPU, {gib(plan.spare)} to spare "
         f"({plan.origin})"
     )

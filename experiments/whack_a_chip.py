@@ -22,19 +22,22 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.ablate import rows_of
+from experiments.fewest_gpus import GPUS, layout_for
 from experiments.plan import FAILURES, MISTAKES, consoles
 from experiments.run import load_experiment
+from experiments.search import layout_name
 from experiments.summary import escaped
 from moe.planner.ablation import Row
 from moe.planner.campaign import Campaign
 from moe.planner.chips import A100, H20, H100, H800, Chip
-from moe.planner.limits import Machine, Point, sweep, with_bandwidth, with_link, with_tpp
+from moe.planner.limits import Machine, Point, sweep, with_bandwidth, with_link, with_memory, with_tpp
 from moe.planner.pictures import draw_lines, png
 from moe.planner.plan import Plan
+from moe.planner.rank import Option
 from moe.planner.report import Report, Section, Table, table
 from moe.planner.report_html import html
 from moe.planner.report_text import print_report
-from moe.planner.units import digits, seconds, times
+from moe.planner.units import digits, gib, seconds, times
 from moe.train.run_folder import write_atomically
 from parallel.network.cluster import Cluster
 
@@ -46,6 +49,8 @@ DAYS = 90
 """In which a run shall be done, for the number of GPUs."""
 TPP = (300, 600, 1200, 1600, 2368, 3200, 4800, 8000, 15_832)
 """600 is a quarter of what the rule lets through, 2368 is H20's, 4800 the rule's threshold, 15,832 H100's."""
+MEMORY = (1.0, 0.5, 0.25, 0.125)
+"""Shares of an H20's memory."""
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -55,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     console, errors = consoles()
     try:
         tables = {chip.name: rows_for(chip, options, errors) for chip in CHIPS}
-        report, picture, values = study(tables)
+        report, picture, values = study(tables, memory_limits(errors))
         print_report(report, console)
         if options.json is not None:
             write_atomically(options.json, json.dumps(values, indent=1))
@@ -79,10 +84,13 @@ def rows_for(chip: Chip, options: argparse.Namespace, told: Console) -> list[Row
     return rows_of(experiment, chip, cluster, options, told)
 
 
-def study(tables: Mapping[str, list[Row]]) -> tuple[Report, Figure, dict[str, Any]]:
+def study(
+    tables: Mapping[str, list[Row]], memory: Mapping[float, Option | None]
+) -> tuple[Report, Figure, dict[str, Any]]:
     """
     Args:
         tables: by chip, the recipe and its variants.
+        memory: by share of an H20's memory, the layout on the fewest GPUs that hold the recipe then.
     """
     recipes = {chip: plan for chip, rows in tables.items() if (plan := rows[0].plan) is not None}
     campaigns = {chip: Campaign(plan, TOKENS) for chip, plan in recipes.items()}
@@ -97,9 +105,10 @@ def study(tables: Mapping[str, list[Row]]) -> tuple[Report, Figure, dict[str, An
             Section("GPU-days with one lever turned, times the recipe's", lever_table(tables)),
             Section("An H20 with other arithmetic: times H20's step", arithmetic_table(arithmetic), RULE, "limits"),
             Section("An H20 with less of something else: times H20's step", other_table(others), OTHER_NOTES),
+            Section("An H20 with less memory: the fastest layout that fits", memory_table(memory), MEMORY_NOTES),
         ),
     )
-    return report, draw(arithmetic), figures(campaigns, tables, arithmetic, others)
+    return report, draw(arithmetic), figures(campaigns, tables, arithmetic, others, memory)
 
 
 def campaign_table(campaigns: Mapping[str, Campaign]) -> Table:
@@ -196,6 +205,27 @@ def other_table(found: Mapping[str, list[Point]]) -> Table:
 OTHER_NOTES = ("An H20's own: 4.0 TB/s, 450 GB/s of NVLink, eight cards of 400 Gb/s a node, TPP 2368.",)
 
 
+def memory_limits(told: Console) -> dict[float, Option | None]:
+    """By share of an H20's memory; None where no number of GPUs holds the recipe."""
+    recipe = load_experiment(RECIPE)
+    return {share: layout_for(recipe, with_memory(H20, int(share * H20.memory)), told) for share in MEMORY}
+
+
+def memory_table(found: Mapping[float, Option | None]) -> Table:
+    rows = []
+    for share, option in found.items():
+        cells = ("fits nowhere", "–", "–", "–")
+        if option is not None:
+            plan = option.plan
+            days = digits(Campaign(plan, TOKENS).gpu_days)
+            cells = (layout_name(option), str(plan.devices), gib(plan.memory.allocated), days)
+        rows.append((gib(share * H20.memory), *cells))
+    return table(("memory", "layout", "GPUs", "allocated", "GPU-days"), rows, words=2)
+
+
+MEMORY_NOTES = (f"Estimated; the fewest GPUs of {', '.join(map(str, GPUS))}.",)
+
+
 def verdict(campaigns: Mapping[str, Campaign], others: Mapping[str, list[Point]]) -> str:
     """What the figures come to."""
     h20, h100 = campaigns[H20.name], campaigns[H100.name]
@@ -220,6 +250,7 @@ def figures(
     tables: Mapping[str, list[Row]],
     arithmetic: Mapping[str, list[Point]],
     others: Mapping[str, list[Point]],
+    memory: Mapping[float, Option | None],
 ) -> dict[str, Any]:
     """All of it as JSON values."""
     return {
@@ -229,6 +260,10 @@ def figures(
             chip: {row.label: lever_cell(row.label, rows) for row in rows[1:]} for chip, rows in tables.items()
         },
         "tpp": {label: [(point.value, point.slower) for point in points] for label, points in arithmetic.items()},
+        "memory": {
+            share: None if option is None else campaign_figures(Campaign(option.plan, TOKENS))
+            for share, option in memory.items()
+        },
         "limits": {name: [(point.value, point.slower) for point in points] for name, points in others.items()},
     }  # fmt: skip
 

@@ -40,6 +40,11 @@ def with_link(chip: Chip, rate: float) -> Chip:
     return replace(chip, name=f"{chip.name} of {rate / 1e9:g} GB/s", link_rate=rate)
 
 
+def with_memory(chip: Chip, memory: int) -> Chip:
+    """`chip` with so many bytes of memory."""
+    return replace(chip, name=f"{chip.name} of {memory / 2**30:.0f} GiB", memory=memory)
+
+
 def sweep(plan: Plan, machines: Callable[[float], Machine], values: Sequence[float], base: float) -> list[Point]:
     """The plan's work on the machine of each value, in units of `base` seconds."""
     return [Point(value, step_seconds(plan, *machines(value)) / base) for value in values]

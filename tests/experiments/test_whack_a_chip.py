@@ -1,9 +1,12 @@
 import json
 
+import pytest
+
 from experiments.whack_a_chip import CHIPS, main
 from moe.planner.chips import H20, H100
 
 
+@pytest.mark.slow
 def test_the_study_by_estimates(capsys, tmp_path):
     files = {name: tmp_path / f"study.{name}" for name in ("json", "html")}
     picture = tmp_path / "study.png"
@@ -20,6 +23,7 @@ def test_the_study_by_estimates(capsys, tmp_path):
     for points in (*told["limits"].values(), told["tpp"]["full recipe"][::-1]):
         slower = [each for _, each in points]
         assert slower == sorted(slower), "less of anything is never faster"
+    assert told["memory"]["1.0"]["gpus"] == 512
     assert "estimated, not compiled" in capsys.readouterr().out
     assert "<svg" in files["html"].read_text("utf-8")
     assert picture.read_bytes().startswith(b"\x89PNG")
