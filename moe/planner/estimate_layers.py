@@ -88,7 +88,8 @@ class Layers:
         A norm keeps its input and its quotient in float32, and the quotient and its product with the weight in the
         compute format. A SwiGLU keeps its two products, the hidden activation, and three factors of silu's derivative.
         Attention keeps q, k, v and its output, twice; the router its input and a few tables in float32; the experts'
-        exchange the rows that came, and those that came back.
+        exchange the rows that came, and those that came back; where rows are weighed before they go back, as in the
+        hierarchical exchanges, what the experts made of them too.
         """
         c, model = self.sizes.compute, self.sizes.model
         norm = 8 + 2 * c
@@ -101,6 +102,7 @@ class Layers:
             sent, rows, hidden = self.routed
             found += 4 * self.stream + 4 * 4 * self.sizes.stream * model.num_experts
             found += 6 * c * hidden + c * rows + c * sent
+            found += c * rows if "hierarchical" in self.job.execution.exchange else 0
         return found
 
     def _recomputed(self, dense: bool) -> int:

@@ -83,7 +83,6 @@ class _Estimate:
         groups = [group for group, _ in self.layers.groups()]
         at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
         layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
-        layers += self.transposed
         own = self.cache if self.job.kind == "prefill" else 0
         return {
             "parameters": self.states.parameters,
@@ -171,26 +170,8 @@ class _Estimate:
         )
 
     @property
-    def transposed(self) -> int:
-        """Copies of stacked matrices whose FSDP axis D is not their outermost: XLA turns the whole stack round before
-        the loop over layers, so that what a gather brings lies in one piece. Without recomputation the gathered weights
-        are kept instead, and the copies are gone when the backward pass begins, unless another microbatch needs them.
-        """
-        job = self.job
-        if job.kind == "train" and job.execution.remat == "none" and job.microbatches == 1:
-            return 0
-        found = 0
-        for each in filter(_is_stacked, self.specs):
-            shape = self._placed(self.layout.stored_spec(each.axes, each.shape[0])).shard_shape(each.shape)
-            place = each.axes.index("D")
-            if shape[place] < each.shape[place] and math.prod(shape[1:place]) > 1:
-                found += math.prod(shape) * each.dtype.itemsize
-        return found
-
-    @property
     def head_gradient(self) -> int:
-        """Of the output projection, in float32 and whole until it is summed over devices; as large are the zeros to
-        which the embedding's gradients are added."""
+        """Of the output projection, in float32 and whole until it is summed over devices."""
         return 4 * self.vocabulary
 
     @property
@@ -209,26 +190,28 @@ class _Estimate:
 
     def _at_the_loss(self) -> dict[Part, int]:
         """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
-        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient. The
-        loop over two microbatches XLA unrolls, and takes both forward before either goes backward."""
+        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
         job, sizes = self.job, self.sizes
-        unrolled = job.microbatches == 2 and self.layout.stages == 1
         chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
         logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
         hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
         return {
-            "gradients": 3 * self.head_gradient + (0 if unrolled else self.accumulators),
-            "activations": self.activations * (2 if unrolled else 1),
-            "temporaries": self.transposed + (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+            "gradients": 3 * self.head_gradient + self.accumulators,
+            "activations": self.activations,
+            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
-        """Of the layers' gradients the whole stacks are there from its beginning; and the head's."""
+        """Of the layers' gradients the whole stacks are there from its beginning; and the head's. A second one of its
+        size is there where the embedding is the same matrix, zeros to which its gradients are added, or where another
+        microbatch has left its own."""
+        again = self.job.model.tie_embeddings or self.layout.stages > 1 or self.job.microbatches > 1
+        heads = 2 if again else 1
         stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked)
         return {
-            "gradients": self.accumulators + stacks + 2 * self.head_gradient,
+            "gradients": self.accumulators + stacks + heads * self.head_gradient,
             "activations": self.activations,
-            "temporaries": self.transposed + max(self.backward(group) for group, _ in self.layers.groups()),
+            "temporaries": max(self.backward(group) for group, _ in self.layers.groups()),
         }
 
     def _in_the_update(self) -> dict[Part, int]:
