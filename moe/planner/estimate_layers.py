@@ -132,12 +132,13 @@ class Layers:
         return own + sum(self._recomputed(each) for each in group[:-1])
 
     def forward(self, group: Group) -> int:
-        """The working set of a layer that nothing goes back through: attention's, or the experts' two products beside
-        their rows and the shared experts' hidden activation, which takes one product's place."""
+        """The working set of a layer that nothing goes back through: attention's; or the experts' two products beside
+        their rows and the shared experts' hidden activation, which takes one product's place; or the rows on their way,
+        as they are sent and as they arrive."""
         c, dense = self.sizes.compute, group[-1]
         q, _ = self.heads
         own = 3 * c * q + 3 * c * self.stream + 3 * c * self.width(dense)
         if dense:
             return own
         _, rows, hidden = self.routed
-        return max(own, 2 * c * hidden + c * rows + c * self.width(dense))
+        return max(own, 2 * c * hidden + c * rows + c * self.width(dense), 2 * c * rows)

@@ -78,16 +78,18 @@ class _Estimate:
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
-        """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
-        two layers are there: the next one's come while one computes."""
+        """A prefill fills a cache of its own before it writes into the given one, and to that end has it whole on every
+        device that takes a part of the batch. Where weights are gathered those of two layers are there: the next one's
+        come while one computes."""
         groups = [group for group, _ in self.layers.groups()]
         at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
         layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
         own = self.cache if self.job.kind == "prefill" else 0
+        written = own * self.layout.batch_shards if self.layout.batch_shards > 1 else 0
         return {
             "parameters": self.states.parameters,
             "cache": self.cache,
-            "temporaries": max(layers, self.embedding) + own,
+            "temporaries": max(layers, self.embedding, written) + own,
         }
 
     # What stays.
@@ -216,8 +218,8 @@ class _Estimate:
 
     def _in_the_update(self) -> dict[Part, int]:
         """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all
-        of them are copied into the old ones' place at the end. Of two parameters at a time the update itself is under
-        way, in copies: parameter, two moments."""
+        of them are copied into the old ones' place at the end; and of two parameters at a time the update is under way,
+        in copies: parameter, two moments."""
         gathered = largest = 0
         for each in self.states.specs:
             here, at_rest = (
@@ -229,7 +231,7 @@ class _Estimate:
         gradients = self.sums if self.job.microbatches > 1 else self.gradients(self.states.specs)
         if self.job.layout.on_host:
             gradients = 0
-        under_way = 0 if self.job.layout.on_host else 5 * largest
+        under_way = 0 if self.job.layout.on_host or self.job.layout.zero == 3 else 5 * largest
         return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
 
     @property
