@@ -64,6 +64,8 @@ def _attempt(draw: random.Random) -> Job | None:
     devices = draw.choice((8, 16, 32, 64))
     kind: Kind = draw.choice(("train",) * 8 + ("prefill", "decode"))
     mesh = _random_mesh(draw, devices, serving=kind != "train")
+    if model.num_kv_heads % (mesh.tensor * mesh.sequence):
+        return None
     batch_parts = mesh.replica * mesh.data * mesh.expert
     length = draw.choice((1024, 2048, 4096, 8192))
     microbatches = draw.choice((1, 2, 4)) if kind == "train" else 1
@@ -79,8 +81,6 @@ def _attempt(draw: random.Random) -> Job | None:
             execution=Execution(
                 exchange=draw.choice(("padded", "padded", "hierarchical")),
                 remat=draw.choice(("none", "full", "matmuls")),
-                # JAX partitions cuDNN's attention neither inside a stage, nor with sequences split.
-                attention="chunked" if mesh.stage > 1 or mesh.sequence > 1 else "auto",
             ),
             mesh=mesh,
             layout=LayoutConfig(
