@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ConfigError
-from moe.ops.quantize import Quantized
+from moe.ops.quantize import EightBits, Quantized
 
 Format = Literal["float32", "bfloat16"]
 
@@ -25,6 +25,7 @@ class Precision:
         dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
         they are stored and widened for their one use. In training set execution.remat as well: what is not computed
         again in the backward pass is kept wide.
+    cache: in which a model that serves keeps keys and values, with scales (moe/model/cache.py); None as `compute`.
     """
 
     parameters: Format = "float32"
@@ -32,6 +33,7 @@ class Precision:
     gradients: Format = "float32"
     exchange: Format = "bfloat16"
     frozen: Format | Quantized | None = None
+    cache: EightBits | None = None
 
     def __post_init__(self) -> None:
         for name in ("parameters", "compute", "gradients", "exchange"):
@@ -41,6 +43,9 @@ class Precision:
         known = (*get_args(Format), *get_args(Quantized))
         if self.frozen is not None and self.frozen not in known:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
+        if self.cache is not None and self.cache not in get_args(EightBits):
+            told = ", ".join(get_args(EightBits))
+            raise ConfigError(f"precision.cache={self.cache!r}: give one of {told}, or none for the compute format")
 
     @property
     def compute_dtype(self) -> DTypeLike:

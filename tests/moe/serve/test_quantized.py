@@ -61,9 +61,28 @@ def test_matrices_take_the_bits_of_their_format(checkpoint, weights, bits):
     assert others == {(300, 32), (32,), (2, 32), (2, 8), (2, 32, 4)}
 
 
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_a_cache_in_8_bits_gives_what_recomputing_gives_and_neighbours_change_nothing(checkpoint, cache):
+    # Recomputing has no cache: a little is lost to it, so greedy tokens may differ once, and logits hardly.
+    model = HunyuanMoE.from_hf(checkpoint, cache=cache)
+    prompts = [[5, 6, 7, 8], [9], [40, 41]]
+    together = model.generate(prompts, max_tokens=6)
+    assert together == [model.generate([prompt], max_tokens=6)[0] for prompt in prompts]
+    wide = HunyuanMoE.from_hf(checkpoint).generate(prompts, max_tokens=6)
+    same = [a == b for x, y in zip(together, wide, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) > len(same) / 2
+
+
+def test_a_mesh_keeps_the_same_cache(checkpoint):
+    alone = HunyuanMoE.from_hf(checkpoint, cache="int8")
+    spread = HunyuanMoE.from_hf(checkpoint, cache="int8", mesh=MeshConfig(data=2, expert=2, tensor=2))
+    prompts = [[5, 6, 7], [9]]
+    assert spread.generate(prompts, max_tokens=6) == alone.generate(prompts, max_tokens=6)
+
+
 def test_the_command_takes_the_format(checkpoint, capsys):
     arguments = [str(checkpoint), "--prompt", "In the", "--max-tokens", "4", "--weights"]
-    assert main([*arguments, "int4"]) == 0
+    assert main([*arguments, "int4", "--cache", "fp8"]) == 0
     assert capsys.readouterr().out.startswith("In the")
     with pytest.raises(SystemExit):
         main([*arguments, "int3"])
@@ -72,3 +91,5 @@ def test_the_command_takes_the_format(checkpoint, capsys):
 def test_a_format_that_is_none(checkpoint):
     with pytest.raises(ConfigError, match="precision.frozen='int3': give one of float32, bfloat16, int8, fp8, int4"):
         HunyuanMoE.from_hf(checkpoint, weights="int3")
+    with pytest.raises(ConfigError, match="precision.cache='int4': give one of int8, fp8, or none"):
+        HunyuanMoE.from_hf(checkpoint, cache="int4")
