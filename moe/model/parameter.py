@@ -56,8 +56,13 @@ def norm_scale(axis: str, size: int, precision: Precision) -> nnx.Param:
 
 def quantized(values: jax.Array, axes: str, format: Quantized) -> QuantizedWeight:
     """A matrix in a quantized format; `axes` are its own, without L."""
+    return quantize(values, format, summed_of(axes))
+
+
+def summed_of(axes: str) -> tuple[int, ...]:
+    """The places of `summed_axes`, counted from the end."""
     summed = summed_axes(axes)
-    return quantize(values, format, tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed))
+    return tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed)
 
 
 def summed_axes(axes: str) -> str:

@@ -111,8 +111,13 @@ def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> Quanti
     else:
         table = jnp.array(NF4, jnp.float32)
         codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(jnp.uint8)
+    return packed(codes, scales, format, axis)
+
+
+def packed(codes: jax.Array, scales: jax.Array, format: Quantized, axis: int) -> QuantizedWeight:
+    """A matrix of 0 … 15, with two neighbours along `axis` in a byte."""
     pairs = _cut(codes, axis, 2)
-    low, high = (jax.lax.index_in_dim(pairs, i, w.ndim + axis + 1, keepdims=False) for i in (0, 1))
+    low, high = (jax.lax.index_in_dim(pairs, i, codes.ndim + axis + 1, keepdims=False) for i in (0, 1))
     return QuantizedWeight(low | (high << 4), scales, format, axis)
 
 

@@ -38,9 +38,8 @@ class Weights(NamedTuple):
     execution: Execution = Execution()
 
     def graph(self) -> nnx.GraphDef:
-        """Of the model as it serves: each token goes to the experts it chose, whatever capacity it trained with."""
-        router = replace(self.config.router, capacity_factor=None, overflow="drop")
-        config = replace(self.config, router=router if self.config.has_moe else RouterConfig())
+        """Of the model as it serves."""
+        config = as_served(self.config)
         return nnx.graphdef(
             nnx.eval_shape(lambda: Transformer(config, self.precision, self.execution, rngs=nnx.Rngs(0)))
         )
@@ -60,6 +59,12 @@ class Weights(NamedTuple):
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
         return cls(config, precision, layout, params, balance, execution)
+
+
+def as_served(config: ModelConfig) -> ModelConfig:
+    """The model whose tokens each go to the experts that they chose, whatever capacity it trained with."""
+    router = replace(config.router, capacity_factor=None, overflow="drop")
+    return replace(config, router=router if config.has_moe else RouterConfig())
 
 
 class ContextError(ValueError):

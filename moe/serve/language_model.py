@@ -70,7 +70,7 @@ class HunyuanMoE:
             mesh: devices to use; None for one.
             compute: number format of the computation; None as the parameters are stored.
             weights: format to which the matrices of attention, experts and dense layers are quantized, piece by piece
-                as they are read (moe/ops/quantize.py); None to leave them.
+                as they are read (moe/ops/quantize.py); None to leave them, or for a checkpoint that is quantized.
             cache: format in which keys and values are kept, with scales; None for that of the computation.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
@@ -87,7 +87,12 @@ class HunyuanMoE:
         stored: Format = "float32" if pretrained.dtype == jnp.float32 else "bfloat16"
         compute = compute or stored
         precision = Precision(
-            parameters=stored, compute=compute, gradients="float32", exchange=compute, frozen=weights, cache=cache
+            parameters=stored,
+            compute=compute,
+            gradients="float32",
+            exchange=compute,
+            frozen=weights or pretrained.quantized,
+            cache=cache,
         )
         loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
         try:
