@@ -87,7 +87,8 @@ def _read_group(
 ) -> Group:
     """One cross-layer group with its weights, wide."""
     abstract = nnx.eval_shape(lambda: Group(dense, config, precision, Execution(), rngs=nnx.Rngs(0)))
-    graph, params, others = nnx.split(abstract, nnx.Param, ...)
+    parts: Any = nnx.split(abstract, nnx.Param, ...)
+    graph, params, others = parts
     filled: dict[Any, Any] = nnx.to_pure_dict(params)
     by_path: dict[Path, list[np.ndarray]] = {}
     for piece in own:
