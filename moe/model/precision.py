@@ -1,6 +1,6 @@
 """Which number format each kind of tensor has: one policy, read by every module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -79,6 +79,11 @@ class Precision:
     def recipe(self) -> Recipe | None:
         """Of products in 8 bits."""
         return None if self.matmuls is None else Recipe(self.matmuls, self.scaling)
+
+    @property
+    def wide(self) -> "Precision":
+        """With all products in the compute format, as a model serves: a scale would make a text depend on others."""
+        return replace(self, matmuls=None, scaling="tensor")
 
     @property
     def delayed(self) -> bool:
