@@ -83,3 +83,20 @@ def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         if scales.shape[axis] not in (1, size):
             scales = jax.lax.slice_in_dim(jnp.repeat(scales, BLOCK, axis), 0, size, axis=axis)
     return scales
+
+
+def multiplied(x: Scaled) -> jax.Array:
+    """The values as a CPU multiplies them: fp8 in bfloat16, which holds all its numbers, and int8 as it is."""
+    return x.values if x.values.dtype == jnp.int8 else x.values.astype(jnp.bfloat16)
+
+
+def widened(x: Scaled) -> jax.Array:
+    """values · scales, where these cannot be taken out of a sum: exact in bfloat16 for fp8, whose scales are powers of
+    two; in float32 for int8."""
+    dtype = jnp.float32 if x.values.dtype == jnp.int8 else jnp.bfloat16
+    return x.values.astype(dtype) * spread(x.scales, x.values.shape).astype(dtype)
+
+
+def sum_dtype(x: Scaled) -> DTypeLike:
+    """In which products of the values are summed."""
+    return jnp.int32 if x.values.dtype == jnp.int8 else jnp.float32

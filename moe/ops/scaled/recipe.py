@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moe.ops.scaled.quantize import ALL, BLOCK, EACH
+
 Format = Literal["fp8", "int8"]
 Scaling = Literal["tensor", "delayed", "row", "block"]
-
-HISTORY_LENGTH = 16
-"""Steps whose largest magnitudes "delayed" looks back on (flax.linen.fp8_ops; Transformer Engine has 1024)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,23 @@ class Recipe:
         """Of incoming gradients."""
         return jnp.int8 if self.format == "int8" else jnp.float8_e5m2
 
+    def shared(self, own: str, out: str, *, weight: bool = False) -> tuple[int, ...]:
+        """What shares a scale along each axis of an operand with the axes `own`, in a product whose result has the axes
+        `out`: for `moe.ops.scaled.quantize`."""
+        summed, kept = [axis for axis in own if axis not in out], [axis for axis in own if axis in out]
+        match self.scaling:
+            case "row":
+                return tuple(ALL if axis in summed else EACH for axis in own)
+            case "block":
+                blocks = summed[-1:] + (kept[-1:] if weight else [])
+                return tuple(BLOCK if axis in blocks else EACH for axis in own)
+            case _:
+                return (ALL,) * len(own)
 
-def new_history() -> jax.Array:
-    """f32 [3, HISTORY_LENGTH], zeros: nothing seen yet of x, w and dy."""
-    return jnp.zeros((3, HISTORY_LENGTH), jnp.float32)
+    def check_history(self, history: object | None) -> None:
+        """
+        Raises:
+            ValueError: there is none and one is needed, or the other way round.
+        """
+        if (self.scaling == "delayed") != (history is not None):
+            raise ValueError(f'scaling={self.scaling!r}: a history is given with "delayed", and with nothing else')
