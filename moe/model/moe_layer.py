@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe.model.config import ConfigError, ModelConfig, RouterConfig, divisors
 from moe.model.execution import Execution
-from moe.model.experts import Experts, ExpertWeights, apply_experts
+from moe.model.experts import Experts, ExpertWeights, apply_experts, by_chunk
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
@@ -105,6 +105,7 @@ class MoELayer(nnx.Module):
         # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
         # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
+        recipe = self.precision.recipe
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             if splits_width:
@@ -119,8 +120,8 @@ class MoELayer(nnx.Module):
             # All chunks are sent before any is computed, so that no exchange waits for an expert.
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
             y_CAD = [
-                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, weights, self.execution), each)
-                for each in arrived
+                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe), each)
+                for each, own in zip(arrived, by_chunk(weights, chunks), strict=True)
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
@@ -130,11 +131,11 @@ class MoELayer(nnx.Module):
             return y_BTD, layout.mean_over_devices(sent)
 
         with jax.named_scope("experts"):
-            weights = self.experts.weights(layout)
+            weights = self.experts.weights(layout, x_BTD.shape[1])
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")
-        specs = (tokens, tokens, tokens, self.experts.specs(layout))
+        specs = (tokens, tokens, tokens, self.experts.specs(layout, x_BTD.shape[1]))
         routed = layout.shard_map(on_each_device, specs, (tokens, layout.whole_spec))
         return routed(x_BTD, experts_BTK, weights_BTK, weights)
 

@@ -75,8 +75,13 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
-        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
+        return dequantize(as_kept(param, layout), dtype)
     return layout.gather(weight.astype(dtype), axes)
+
+
+def as_kept(param: nnx.Param, layout: Layout) -> Any:
+    """A weight gathered in the format in which it is stored."""
+    return placed(param.get_value(), param.get_metadata("axes"), layout, layout.gather)
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:

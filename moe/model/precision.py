@@ -1,6 +1,6 @@
 """Which number format each kind of tensor has: one policy, read by every module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ from jax.typing import DTypeLike
 
 from moe.model.config import ConfigError
 from moe.ops.quantize import EightBits, Quantized
+from moe.ops.scaled import Format as Scaled
+from moe.ops.scaled import Recipe, Scaling
 
 Format = Literal["float32", "bfloat16"]
 
@@ -25,7 +27,16 @@ class Precision:
         dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
         they are stored and widened for their one use. In training set execution.remat as well: what is not computed
         again in the backward pass is kept wide.
+    activations: in which a model that serves multiplies texts of several tokens, as a prefill does, with its quantized
+        matrices: these stay as they are, and rows are quantized as they come (moe/ops/scaled/frozen.py). As `frozen`,
+        "int8" or "fp8"; None widens the matrices. A single token's products wait for memory, and widen them always.
     cache: in which a model that serves keeps keys and values, with scales (moe/model/cache.py); None as `compute`.
+    matmuls: in which the products with the weights of attention, experts, dense layers and the head are computed in
+        training, forward and both backward ones (moe/ops/scaled); None in `compute`. Weights and activations between
+        the products keep their formats, and the products with adapters and routers theirs.
+    scaling: of what is brought into that format: by one scale a tensor, from its present largest magnitude ("tensor")
+        or from those of past steps ("delayed"), by one a row of activations and a column of weights ("row"), or by one
+        a block of 128 ("block").
     """
 
     parameters: Format = "float32"
@@ -33,7 +44,10 @@ class Precision:
     gradients: Format = "float32"
     exchange: Format = "bfloat16"
     frozen: Format | Quantized | None = None
+    activations: EightBits | None = None
     cache: EightBits | None = None
+    matmuls: Scaled | None = None
+    scaling: Scaling = "tensor"
 
     def __post_init__(self) -> None:
         for name in ("parameters", "compute", "gradients", "exchange"):
@@ -43,9 +57,30 @@ class Precision:
         known = (*get_args(Format), *get_args(Quantized))
         if self.frozen is not None and self.frozen not in known:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
+        if self.activations is not None and (
+            self.activations not in get_args(EightBits) or self.activations != self.frozen
+        ):
+            raise ConfigError(
+                f"precision.activations={self.activations!r} with precision.frozen={self.frozen!r}: give both 'int8' or "
+                "both 'fp8', or activations=none"
+            )
         if self.cache is not None and self.cache not in get_args(EightBits):
             told = ", ".join(get_args(EightBits))
             raise ConfigError(f"precision.cache={self.cache!r}: give one of {told}, or none for the compute format")
+        if self.matmuls is not None and self.matmuls not in get_args(Scaled):
+            raise ConfigError(f"precision.matmuls={self.matmuls!r}: give one of {', '.join(get_args(Scaled))}, or none")
+        if self.scaling not in get_args(Scaling):
+            raise ConfigError(f"precision.scaling={self.scaling!r}: give one of {', '.join(get_args(Scaling))}")
+        if self.scaling != "tensor" and self.matmuls is None:
+            raise ConfigError(
+                f"precision.scaling={self.scaling!r} with precision.matmuls=none: nothing is scaled; set "
+                "precision.matmuls='fp8' or 'int8', or scaling='tensor'"
+            )
+        if self.matmuls is not None and self.quantized is not None:
+            raise ConfigError(
+                f"precision.matmuls={self.matmuls!r} with precision.frozen={self.frozen!r}: the frozen matrices would "
+                "be rounded twice; set precision.frozen='bfloat16', or matmuls=none"
+            )
 
     @property
     def compute_dtype(self) -> DTypeLike:
@@ -55,6 +90,21 @@ class Precision:
     def quantized(self) -> Quantized | None:
         """The quantized format of frozen matrices, where they have one."""
         return next((format for format in get_args(Quantized) if format == self.frozen), None)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of products in 8 bits."""
+        return None if self.matmuls is None else Recipe(self.matmuls, self.scaling)
+
+    @property
+    def wide(self) -> "Precision":
+        """With all products in the compute format, as a model serves: a scale would make a text depend on others."""
+        return replace(self, matmuls=None, scaling="tensor")
+
+    @property
+    def delayed(self) -> bool:
+        """Whether products have histories, from which their scales come."""
+        return self.recipe is not None and self.scaling == "delayed"
 
     @property
     def stored_dtype(self) -> DTypeLike:

@@ -41,7 +41,7 @@ class Weights(NamedTuple):
         """Of the model as it serves."""
         config = as_served(self.config)
         return nnx.graphdef(
-            nnx.eval_shape(lambda: Transformer(config, self.precision, self.execution, rngs=nnx.Rngs(0)))
+            nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
 
     @classmethod

@@ -61,6 +61,7 @@ class HunyuanMoE:
         mesh: MeshConfig | Mesh | None = None,
         compute: Format | None = None,
         weights: Quantized | None = None,
+        activations: EightBits | None = None,
         cache: EightBits | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":
@@ -71,6 +72,8 @@ class HunyuanMoE:
             compute: number format of the computation; None as the parameters are stored.
             weights: format to which the matrices of attention, experts and dense layers are quantized, piece by piece
                 as they are read (moe/ops/quantize.py); None to leave them, or for a checkpoint that is quantized.
+            activations: the weights' format, "int8" or "fp8", in which prompts are multiplied with them (W8A8); None to
+                widen them.
             cache: format in which keys and values are kept, with scales; None for that of the computation.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
@@ -92,6 +95,7 @@ class HunyuanMoE:
             gradients="float32",
             exchange=compute,
             frozen=weights or pretrained.quantized,
+            activations=activations,
             cache=cache,
         )
         loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
