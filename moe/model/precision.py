@@ -61,8 +61,8 @@ class Precision:
             self.activations not in get_args(EightBits) or self.activations != self.frozen
         ):
             raise ConfigError(
-                f"precision.activations={self.activations!r} with precision.frozen={self.frozen!r}: give both 'int8' or "
-                "both 'fp8', or activations=none"
+                f"precision.activations={self.activations!r} with precision.frozen={self.frozen!r}: give both "
+                "as 'int8' or 'fp8', or activations=none"
             )
         if self.cache is not None and self.cache not in get_args(EightBits):
             told = ", ".join(get_args(EightBits))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe.model.config import ConfigError
 from moe.model.transformer import layer_groups
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
@@ -27,7 +28,15 @@ def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -
     Args:
         devices_per_node: consecutive devices of the mesh that share a node.
         how: what the settings leave open; our own programs by default.
+
+    Raises:
+        ConfigError: products with quantized matrices, which are not estimated.
     """
+    if job.kind == "prefill" and job.precision.activations is not None:
+        raise ConfigError(
+            f"precision.activations={job.precision.activations!r}: a prefill's products in 8 bits are not estimated; "
+            "compile it (make plan-setup), or set none"
+        )
     step = _Step(Sizes(job, devices_per_node), how)
     return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")
 

@@ -58,7 +58,8 @@ def test_the_files_hold_the_weights_as_the_format_defines_them(checkpoint, folde
         own = scale[o, i * scale.shape[1] // w.shape[1]]
         kept = (int(words[o, i // 8]) >> 4 * (i % 8) & 15) - 8 if format == "int4" else values[o, i]
         step = own * (2.0 ** max(-9, np.floor(np.log2(abs(kept))) - 3) if format == "fp8" and kept else 1)
-        assert abs(kept * own - w[o, i]) <= 0.51 * step
+        # Half a step, and of eight steps the rounding of a bfloat16 scale.
+        assert abs(kept * own - w[o, i]) <= (0.5 + 8 / 256) * step
 
 
 def test_config_json_names_the_layers_of_each_group_size(folders):

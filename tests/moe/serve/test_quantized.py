@@ -1,8 +1,11 @@
 """A model whose matrices are quantized as they are read."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe import HunyuanMoE
 from moe.model.config import ConfigError
@@ -93,3 +96,39 @@ def test_a_format_that_is_none(checkpoint):
         HunyuanMoE.from_hf(checkpoint, weights="int3")
     with pytest.raises(ConfigError, match="precision.cache='int4': give one of int8, fp8, or none"):
         HunyuanMoE.from_hf(checkpoint, cache="int4")
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_prompts_are_multiplied_in_8_bits_and_single_tokens_are_not(checkpoint, format):
+    model = HunyuanMoE.from_hf(checkpoint, weights=format, activations=format)
+    dtype = "i8" if format == "int8" else "f8_e4m3fn"
+
+    def quantized_rows(*shape):
+        weights = model.weights
+        forward = jax.make_jaxpr(lambda params, tokens: nnx.merge(weights.graph(), params, weights.balance)(tokens))
+        program = str(forward(weights.params, np.zeros(shape, np.int32)))
+        return len(re.findall(rf":{dtype}\[[\d,]+\] = convert_element_type\[new_dtype={dtype[:-2]}", program))
+
+    # In one group of two layers, of which the first projects k and v: q, o, three of the shared expert, three of the
+    # routed ones; and k and v.
+    assert quantized_rows(1, 4) > 0
+    assert quantized_rows(4, 1) == 0
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_products_in_8_bits_stay_close(checkpoint, format):
+    expected = HunyuanMoE.from_hf(checkpoint, weights=format)(TOKENS)
+    found = difference(HunyuanMoE.from_hf(checkpoint, weights=format, activations=format)(TOKENS), expected)
+    assert 1e-4 < found < 0.1
+
+
+def test_a_mesh_multiplies_in_8_bits_too(checkpoint):
+    alone = HunyuanMoE.from_hf(checkpoint, weights="int8", activations="int8")
+    spread = HunyuanMoE.from_hf(checkpoint, weights="int8", activations="int8", mesh=MeshConfig(data=2, expert=4))
+    np.testing.assert_allclose(spread(TOKENS), alone(TOKENS), atol=1e-3 * np.abs(alone(TOKENS)).max())
+
+
+def test_activations_are_quantized_as_the_weights_are(checkpoint):
+    for weights in ("int4", None, "fp8"):
+        with pytest.raises(ConfigError, match=f"precision.activations='int8' with precision.frozen={weights!r}: give"):
+            HunyuanMoE.from_hf(checkpoint, weights=weights, activations="int8")
