@@ -6,6 +6,7 @@ from collections import Counter
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe.model.config import ModelConfig, RouterConfig
@@ -17,6 +18,7 @@ from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step
 from parallel.layout import SINGLE_DEVICE, Layout
 
+B, T = 16, 16
 # A dense layer, and one with experts.
 MODEL = ModelConfig(
     vocab_size=48, d_model=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, num_experts=8, d_expert=8,
@@ -27,6 +29,18 @@ MODEL = ModelConfig(
 def blueprint_of(precision: Precision, layout: Layout = SINGLE_DEVICE, **execution) -> Blueprint:
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=1)
     return make_blueprint(MODEL, precision, Execution(**execution), optimizer, layout, steps=200)
+
+
+def batch_of(seed: int = 0) -> Batch:
+    """Two documents a row, and some padding."""
+    r = np.random.default_rng(seed)
+    tokens_BT = r.integers(0, MODEL.vocab_size, (B, T)).astype(np.int32)
+    segments_BT = np.where(np.arange(T) < r.integers(1, T, (B, 1)), 1, 2).astype(np.int32)
+    segments_BT[:2, 12:] = 0
+    positions_BT = np.where(segments_BT == 2, np.arange(T) - (segments_BT == 1).sum(1, keepdims=True), np.arange(T))
+    weights_BT = ((segments_BT > 0) & (np.roll(segments_BT, -1, axis=1) == segments_BT)).astype(np.float32)
+    weights_BT[:, -1] = 0
+    return Batch(tokens_BT, np.roll(tokens_BT, -1, 1), positions_BT.astype(np.int32), segments_BT, weights_BT)
 
 
 def products(precision: Precision) -> tuple[Counter, Counter]:
