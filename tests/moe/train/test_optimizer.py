@@ -9,7 +9,7 @@ import pytest
 from moe.model.config import ConfigError
 from moe.model.parameter import ParameterSpec
 from moe.model.precision import Precision
-from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.optimizer import OptimizerConfig, check_optimizer, make_optimizer
 
 SPECS = {
     "norm_D": ParameterSpec((3,), jnp.dtype("float32"), "D", "norm"),
@@ -93,7 +93,7 @@ def test_master_weights_add_up_what_bfloat16_would_lose():
 
 def test_float32_parameters_have_no_master_weights():
     with pytest.raises(ConfigError, match="optimizer.master_weights=true with precision.parameters='float32'"):
-        check_master_weights(OptimizerConfig(master_weights=True), Precision())
+        check_optimizer(OptimizerConfig(master_weights=True), Precision())
 
 
 @pytest.mark.parametrize(
