@@ -54,6 +54,12 @@ def num_blocks(size: int, block: int = BLOCK) -> int:
     return -(-size // block)
 
 
+def block_size(size: int) -> int:
+    """The divisor of `size` nearest to 32, for blocks that must fill an axis of that size."""
+    divisors = (block for block in range(1, size + 1) if size % block == 0)
+    return min(divisors, key=lambda block: max(block / BLOCK, BLOCK / block))
+
+
 def to_blocks(x: Array, element: Element, axis: int, block: int = BLOCK) -> Blocks:
     """
     Args:

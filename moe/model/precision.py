@@ -10,6 +10,7 @@ from moe.model.config import ConfigError
 from moe.ops.quantize import Quantized
 from parallel.blocks import EIGHT_BIT, EightBit
 from parallel.exchange.wire import WIRE_FORMATS, WireFormat
+from parallel.layout import LayoutConfig
 
 Format = Literal["float32", "bfloat16"]
 
@@ -53,6 +54,11 @@ class Precision:
         known = (*get_args(Format), *get_args(Quantized))
         if self.frozen is not None and self.frozen not in known:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
+        if self.gathered and self.quantized:
+            raise ConfigError(
+                f"precision.gathered={self.gathered!r} with precision.frozen={self.frozen!r}: matrices travel as they are "
+                "stored; leave gathered at none, or set frozen='bfloat16'"
+            )
 
     @property
     def compute_dtype(self) -> DTypeLike:
@@ -71,3 +77,15 @@ class Precision:
 
 FULL = Precision(parameters="float32", compute="float32", gradients="float32", exchange="float32")
 """float32 everywhere: for tests of equality and parity."""
+
+
+def check_gathered(precision: Precision, layout: LayoutConfig) -> None:
+    """
+    Raises:
+        ConfigError: a format for gathered matrices where none are gathered.
+    """
+    if precision.gathered and layout.zero < 3:
+        raise ConfigError(
+            f"precision.gathered={precision.gathered!r} with layout.zero={layout.zero}: every device holds whole matrices; "
+            "set layout.zero=3, or leave gathered at none"
+        )

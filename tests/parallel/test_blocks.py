@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel.blocks import Blocks, from_blocks, pack_rows, packed_width, to_blocks, unpack_rows
+from parallel.blocks import Blocks, block_size, from_blocks, pack_rows, packed_width, to_blocks, unpack_rows
 from tests.oracle.blocks import FORMATS, on_the_wire
 
 
@@ -76,3 +76,8 @@ def test_blocks_lie_along_any_axis(axis):
     expected = [[on_the_wire(line, "int8", block) for line in lines_of_one] for lines_of_one in lines]
     found = from_blocks(blocks, "int8", axis, block)
     np.testing.assert_array_equal(np.moveaxis(np.asarray(found), axis, -1), np.float32(expected))
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (14, 14), (64, 32), (100, 25), (34, 34), (37, 37), (134, 67)])
+def test_blocks_that_fill_an_axis(size, block):
+    assert block_size(size) == block

@@ -240,8 +240,7 @@ def test_rows_travel_in_the_format_of_the_wire():
     """bfloat16 on every way: sums come near, rows take half the bytes, and the weights stay in float32."""
     x, weights, dy = given_arrays(8)
     exact, short = (
-        program("ragged_hierarchical", 8, 2, wire=wire)(x, weights, spread(8), dy)
-        for wire in ("float32", "bfloat16")
+        program("ragged_hierarchical", 8, 2, wire=wire)(x, weights, spread(8), dy) for wire in ("float32", "bfloat16")
     )
     assert short[0].dtype == jnp.float32
     assert_trees_equal_to_scale(short[:2], exact[:2], tolerance=0.02)
