@@ -121,6 +121,9 @@ def make_train_step(
             return one(jnp.zeros((), jnp.int32), batch)
 
         def accumulate(summed, numbered):
+            # A part waits for the sum before. Else XLA, to gather ahead, takes the last part out of the loop, and what
+            # that one begins with is there throughout.
+            summed, numbered = jax.lax.optimization_barrier((summed, numbered))
             grads, told = one(*numbered)
             return jax.tree.map(jnp.add, summed, grads), told
 
