@@ -265,6 +265,8 @@ class _Run:
 
     def _scan(self, carry: _Carry, first: int, end: int, *, forward: bool = True, backward: bool = True) -> _Carry:
         def tick(carry: _Carry, number: jax.Array) -> tuple[_Carry, None]:
+            # A tick begins when what the one before adds up is added up.
+            carry, number = jax.lax.optimization_barrier((carry, number))
             dy = carry.dx
             if forward:
                 carry, y = self._forward(carry, number)
@@ -315,7 +317,7 @@ class _Run:
         dweights, dshared, dx = backward((dy, jnp.ones_like(penalty)))
         dweights, dshared = self.network.settle(dweights, dshared)
         dshared = jax.tree.map(
-            lambda total, d: total + jnp.where(works, d, 0).astype(total.dtype), carry.dshared, dshared
+            lambda total, d: jnp.where(works, total + d.astype(total.dtype), total), carry.dshared, dshared
         )
         return carry._replace(
             dx=self._handed_on(dx, -1), dweights=_added(carry.dweights, dweights, local, works), dshared=dshared
@@ -343,4 +345,6 @@ class _Run:
 
 def _added(total: Any, one: Any, local: jax.Array | int, works: jax.Array) -> Any:
     """One chunk's numbers added to its place in [v, …], unless the stage idles."""
-    return jax.tree.map(lambda t, x: t.at[local].add(jnp.where(works, x, 0).astype(t.dtype)), total, one)
+    return jax.tree.map(
+        lambda t, x: t.at[local].set(jnp.where(works, t[local] + x.astype(t.dtype), t[local])), total, one
+    )

@@ -117,7 +117,10 @@ def make_train_step(
             return one(jnp.zeros((), jnp.int32), batch)
 
         def accumulate(carry, numbered):
-            (summed, largest), ((grads, histories), told) = carry, one(*numbered)
+            # A part waits for the sum before. Else XLA, to gather ahead, takes the last part out of the loop, and what
+            # that one begins with is there throughout.
+            (summed, largest), numbered = jax.lax.optimization_barrier((carry, numbered))
+            (grads, histories), told = one(*numbered)
             return (jax.tree.map(jnp.add, summed, grads), jax.tree.map(jnp.maximum, largest, histories)), told
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)
