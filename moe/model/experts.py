@@ -10,6 +10,7 @@ from moe.model.execution import Execution
 from moe.model.parameter import matrix, used
 from moe.model.precision import Precision
 from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
 
@@ -51,5 +52,5 @@ def apply_experts(rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeight
     with jax.named_scope("experts"):
         gate_RF = grouped_matmul(rows_RD, weights.gate_EDF, counts_E, backend=execution.grouped_matmul)
         up_RF = grouped_matmul(rows_RD, weights.up_EDF, counts_E, backend=execution.grouped_matmul)
-        hidden_RF = jax.nn.silu(gate_RF) * up_RF
+        hidden_RF = swiglu(gate_RF, up_RF)
         return grouped_matmul(hidden_RF, weights.down_EFD, counts_E, backend=execution.grouped_matmul)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from moe.model.parameter import Kind, matrix, used
 from moe.model.precision import Precision
+from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
 
@@ -24,5 +25,5 @@ class FeedForward(nnx.Module):
         )
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF)
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF)
-        hidden_BTF = layout.constrain(jax.nn.silu(gate_BTF) * up_BTF, "BTF")
+        hidden_BTF = layout.constrain(swiglu(gate_BTF, up_BTF), "BTF")
         return layout.constrain(jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD), "BTD")
