@@ -14,7 +14,7 @@ from experiments.overrides import check, settings, vary
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution
-from moe.model.precision import Precision
+from moe.model.precision import Precision, check_gathered
 from moe.train.data import DataConfig
 from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig, check_master_weights
@@ -76,6 +76,7 @@ class Experiment:
         self._check_pipeline()
         self._check_sharding()
         check_master_weights(self.optimizer, self.precision)
+        check_gathered(self.precision, self.layout)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "

@@ -1,4 +1,4 @@
-"""How the parts of a weight are joined where they do not lie along its first axis."""
+"""How the parts of a weight are joined: in which order, and in which format they travel."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,8 +8,43 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from parallel.blocks import Blocks, EightBit, block_size, element_of, from_blocks, to_blocks
 
-def join_leading(
+
+def join(
+    weight: Array,
+    place: int,
+    sizes: Mapping[str, int],
+    stored: PartitionSpec,
+    used: PartitionSpec,
+    constrain: Callable[[Array, PartitionSpec], Array],
+) -> Array:
+    """All of a weight, for use.
+
+    Args:
+        place: of the axis that is split at rest and not in use.
+        sizes: of the mesh axes. stored, used: the shardings. constrain: states one.
+    """
+    # Said of what may just have been cast, or XLA may gather what it is cast from, as where it is computed again.
+    weight = constrain(weight, stored)
+    if place > 0 and (names := stored[place]):
+        weight = _join_leading(weight, place, sizes, names, used, constrain)
+    return constrain(weight, used)
+
+
+def in_8_bits(weight: Array, place: int, parts: int, format: EightBit, join: Callable[[Array], Array]) -> Array:
+    """`join`, with the weight in blocks of 8 bits (parallel/blocks.py), which lie inside the parts.
+
+    Args:
+        place: of the axis that is split, along which the blocks lie.
+        parts: into which it is split.
+    """
+    block, element = block_size(weight.shape[place] // parts), element_of(format)
+    blocks = Blocks(*map(join, to_blocks(weight, element, place, block)))
+    return from_blocks(blocks, element, place, block).astype(weight.dtype)
+
+
+def _join_leading(
     weight: Array,
     place: int,
     sizes: Mapping[str, int],
@@ -36,9 +71,9 @@ def join_leading(
 
 
 def with_gradient(rearrange: Callable[[Array], Array], place: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """`rearrange`, which changes where x lies and no value of it, with x's gradient laid where `place` says.
+    """`rearrange`, which changes where x lies and at most rounds its values, with x's gradient laid where `place` says.
 
-    Of a gradient that is stated whole and then in parts XLA makes one scatter; as the transpose of `join_leading` it
+    Of a gradient that is stated whole and then in parts XLA makes one scatter; as the transpose of `join` it
     would sum it whole: twice the bytes.
     """
     rearranged = jax.custom_vjp(rearrange)

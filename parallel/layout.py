@@ -19,12 +19,14 @@ are never copied: there must be as many as devices that share them out.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from parallel.gather import join_leading, with_gradient
+from parallel.blocks import EightBit
+from parallel.gather import in_8_bits, join, with_gradient
 from parallel.mesh import MeshConfig
 
 BATCH_AXES = ("replica", "data", "expert")
@@ -263,19 +265,15 @@ class Layout:
         """States where an activation lives."""
         return self._constrain(x, self.activation_spec(axes))
 
-    def gather(self, weight: jax.Array, axes: str) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format."""
+    def gather(self, weight: jax.Array, axes: str, format: EightBit | None = None) -> jax.Array:
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format, or else of `format`,
+        to which it rounds."""
         if (mesh := self.mesh) is None:
             return weight
         stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")
-
-        def gathered(weight: jax.Array) -> jax.Array:
-            # Said of the cast weight as well, or XLA may gather what it is cast from, as where it is computed again.
-            weight = self._constrain(weight, stored)
-            if place > 0 and (names := stored[place]):
-                weight = join_leading(weight, place, mesh.shape, names, used, self._constrain)
-            return self._constrain(weight, used)
-
+        gathered = partial(join, place=place, sizes=mesh.shape, stored=stored, used=used, constrain=self._constrain)
+        if format and (parts := self._size(stored[place] or ())) > 1:
+            gathered = partial(in_8_bits, place=place, parts=parts, format=format, join=gathered)
         return with_gradient(gathered, lambda g: self.constrain_gradient(self._constrain(g, used), axes))(weight)
 
     def constrain_gradient(self, gradient: jax.Array, axes: str) -> jax.Array:

@@ -17,7 +17,7 @@ from parallel.layout import Layout
 Kind = Literal["embedding", "head", "norm", "attention", "router", "expert", "shared_expert", "dense", "adapter"]
 
 QUANTIZED_KINDS: tuple[Kind, ...] = ("attention", "expert", "shared_expert", "dense")
-"""What the quantized formats of `Precision.frozen` are for."""
+"""What the quantized formats of `Precision.frozen` are for, and `Precision.gathered`."""
 
 
 class ParameterSpec(NamedTuple):
@@ -46,7 +46,8 @@ def matrix(
     values = std * jax.random.normal(rngs.params(), sizes, jnp.float32)
     if precision.quantized and kind in QUANTIZED_KINDS:
         return nnx.Param(quantized(values, axes, precision.quantized), axes=axes, kind=kind)
-    return nnx.Param(values.astype(precision.stored_dtype), axes=axes, kind=kind)
+    gathered = precision.gathered if kind in QUANTIZED_KINDS else None
+    return nnx.Param(values.astype(precision.stored_dtype), axes=axes, kind=kind, gathered=gathered)
 
 
 def norm_scale(axis: str, size: int, precision: Precision) -> nnx.Param:
@@ -66,12 +67,12 @@ def summed_axes(axes: str) -> str:
 
 
 def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
-    """A weight as products use it: in the compute format, and gathered. What moves has the compute format, or the
-    quantized one."""
+    """A weight as products use it: in the compute format, and gathered. What moves has the compute format, or that of
+    `Precision.gathered`, or the quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
         return dequantize(placed(weight, axes, layout, layout.gather), dtype)
-    return layout.gather(weight.astype(dtype), axes)
+    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered"))
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:

@@ -13,7 +13,7 @@ from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import SelectionBias, is_spec, specs_of, stored
-from moe.model.precision import Precision
+from moe.model.precision import Precision, check_gathered
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
@@ -150,6 +150,7 @@ def make_blueprint(
     """
     check_master_weights(optimizer, precision)
     check_frozen(precision, lora, layout.stages)
+    check_gathered(precision, layout.config)
     model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
     transformation, learning_rate = make_optimizer(optimizer, specs, steps)

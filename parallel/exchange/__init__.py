@@ -20,21 +20,23 @@ can come, S = P · min(A·K, limit · E/P) rows, at which the experts' own buffe
 | hierarchical        | padded along the rail to each node, then padded inside it | across (N-1) · min(A, limit · E/N) |
 | ragged_hierarchical | the same two steps, both ragged | each token once to each node, and in it to each device |
 
+Rows may travel in 8 bits (parallel/blocks.py): in each step there, and the gradients of each step back, they are only
+copied, and the second step's rounding changes nothing; what comes back is summed in each step, and rounded anew.
+
 Each tells the bytes that it sends inside the node and across its border, tables and all, in `Arrived`. The least that
 any exchange can send is computed in `minimum.py`; `python -m parallel.exchange` sets them side by side.
 """
 
 from typing import Literal, get_args
 
-from jax.typing import DTypeLike
-
 from parallel.exchange import alone, gathered, padded, ragged
 from parallel.exchange.flat import Arrived, Flat
 from parallel.exchange.group import Axis, Group, Traffic, along_rail, inside_node, node_size, whole
 from parallel.exchange.route import LayRoute
 from parallel.exchange.stepwise import Stepwise
+from parallel.exchange.wire import WIRE_FORMATS, WireFormat
 
-__all__ = ["BACKENDS", "Arrived", "Axis", "Backend", "Exchange", "Traffic", "make_exchange", "node_size"]
+__all__ = ["BACKENDS", "Arrived", "Axis", "Backend", "Exchange", "Traffic", "WireFormat", "make_exchange", "node_size"]
 
 Backend = Literal["padded", "gathered", "ragged", "hierarchical", "ragged_hierarchical"]
 Exchange = Flat | Stepwise
@@ -51,7 +53,7 @@ _TRANSPORTS: dict[str, LayRoute] = {
 
 
 def make_exchange(
-    name: str, axis: Axis, num_devices: int, node_size: int, num_buckets: int, limit: int, wire: DTypeLike
+    name: str, axis: Axis, num_devices: int, node_size: int, num_buckets: int, limit: int, wire: WireFormat
 ) -> Exchange:
     """
     Args:
@@ -61,12 +63,13 @@ def make_exchange(
         node_size: how many consecutive ones share a node; divides P. See `group.node_size`.
         num_buckets: E, a multiple of P.
         limit: no bucket counts more rows than this on any one device.
-        wire: number format of the rows while they travel.
+        wire: format of the rows while they travel. Those of a group of one device stay, and keep theirs.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend or format of that name.
     """
-
+    if wire not in WIRE_FORMATS:
+        raise ValueError(f"precision.exchange={wire!r}: give one of {', '.join(WIRE_FORMATS)}")
     if name not in BACKENDS:
         raise ValueError(f"execution.exchange={name!r}: give one of {', '.join(BACKENDS)}")
     if name in _FLAT or num_devices == 1:
@@ -74,13 +77,18 @@ def make_exchange(
     rail, inside = along_rail(axis, num_devices, node_size), inside_node(axis, num_devices, node_size)
     # What a device holds after a step came from all members, from each with at most the limit before it.
     on_device = _flat(name, whole(axis, 1, 1), num_buckets // num_devices, limit * num_devices, wire)
-    within = Stepwise(_transport(name, inside), inside, on_device, num_buckets // rail.size, limit * rail.size, wire)
-    return Stepwise(_transport(name, rail), rail, within, num_buckets, limit, wire)
+    buckets, most = num_buckets // rail.size, limit * rail.size
+    within = Stepwise(_transport(name, inside), inside, on_device, buckets, most, _on(inside, wire))
+    return Stepwise(_transport(name, rail), rail, within, num_buckets, limit, _on(rail, wire))
 
 
-def _flat(name: str, group: Group, num_buckets: int, limit: int, wire: DTypeLike) -> Flat:
-    return Flat(_transport(name, group), group, num_buckets, limit, wire)
+def _flat(name: str, group: Group, num_buckets: int, limit: int, wire: WireFormat) -> Flat:
+    return Flat(_transport(name, group), group, num_buckets, limit, _on(group, wire))
 
 
 def _transport(name: str, group: Group) -> LayRoute:
     return _TRANSPORTS[name] if group.size > 1 else alone.lay_route
+
+
+def _on(group: Group, wire: WireFormat) -> WireFormat | None:
+    return wire if group.size > 1 else None

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from parallel.exchange import BACKENDS, Backend, Traffic, make_exchange
+from parallel.exchange import BACKENDS, Backend, Traffic, WireFormat, make_exchange
 from parallel.exchange.minimum import least_rows
 from parallel.mesh import MeshConfig, make_mesh
 
 
-def measure(name: Backend, mesh: Mesh, x_PAD: jax.Array, buckets_PAK: np.ndarray, asked: argparse.Namespace) -> Traffic:
+def measure(
+    name: Backend, wire: WireFormat, mesh: Mesh, x_PAD: jax.Array, buckets_PAK: np.ndarray, asked: argparse.Namespace
+) -> Traffic:
     """Bytes that a device sends, in the mean, to bring its tokens to their buckets and the results back."""
     exchange = make_exchange(
-        name, "expert", asked.devices, asked.per_node, asked.buckets, limit=asked.tokens, wire=x_PAD.dtype
+        name, "expert", asked.devices, asked.per_node, asked.buckets, limit=asked.tokens, wire=wire
     )
 
     def on_device(x_1AD, buckets_1AK):
@@ -38,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ("buckets", 64, "experts, for example"),
         ("top-k", 8, "choices of a token, distinct and uniformly random"),
         ("tokens", 256, "of one device"),
-        ("width", 512, "of a token's vector, in bfloat16"),
+        ("width", 512, "of a token's vector"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     asked = parser.parse_args(arguments)
@@ -64,19 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
     nodes = asked.devices // asked.per_node
     print(
         f"top-{asked.top_k} of {asked.buckets} over {nodes} nodes x {asked.per_node} devices, {asked.tokens} tokens a "
-        f"device, width {asked.width}, bfloat16, dropless.\n"
+        f"device, width {asked.width}, dropless. The least is that of bfloat16; int8 takes the bytes of fp8.\n"
         "MB that a device sends there and back, in the mean, tables and all:\n\n"
-        f"{'':20}{'inside':>10}{'across':>10}{'across / least':>16}"
+        f"{'':29}{'inside':>10}{'across':>10}{'across / least':>16}"
     )
-    print(_line("least", *least, least[1]))
-    for name in BACKENDS:
-        told = measure(name, mesh, x_PAD, buckets_PAK, asked)
-        print(_line(name, float(told.inside), float(told.across), least[1]))
+    print(_line("least bfloat16", *least, least[1]))
+    for wire in ("bfloat16", "fp8"):
+        for name in BACKENDS:
+            told = measure(name, wire, mesh, x_PAD, buckets_PAK, asked)
+            print(_line(f"{name} {wire}", float(told.inside), float(told.across), least[1]))
 
 
 def _line(name: str, inside: float, across: float, least: float) -> str:
     ratio = f"{across / least:16.2f}" if least else f"{'-':>16}"
-    return f"{name:20}{inside / 1e6:10.3f}{across / 1e6:10.3f}{ratio}"
+    return f"{name:29}{inside / 1e6:10.3f}{across / 1e6:10.3f}{ratio}"
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 A transport lays a route from the counts; then any array of rows travels by it. `send` and `bring_back` are transposes
 of one another, since each row goes to one place and comes home from there. So each is the gradient of the other, for
-every transport, and XLA's own gradients of its collectives are not needed.
+every transport, and XLA's own gradients of its collectives are not needed. A wire in 8 bits rounds values and gradients
+alike as they leave; the rounding itself counts as the identity.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from parallel.exchange.group import Group, Traffic
+from parallel.exchange.wire import WireFormat, carry
 from parallel.rows import inverse_places, no_gradient
 
 
@@ -49,34 +52,36 @@ LayRoute = Callable[[jax.Array, int, Group, int], Route]
 bucket stay behind. The E buckets are shared out evenly over the group, in order. No bucket counts more than `limit`."""
 
 
-@jax.custom_vjp
-def send(rows_RD: jax.Array, route: Route) -> jax.Array:
-    """Rows to their buckets' owners.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def send(rows_RD: jax.Array, route: Route, wire: WireFormat | None = None) -> jax.Array:
+    """Rows to their buckets' owners, in the wire's format while they travel; None for their own.
 
     Returns:
         rows_SD, zeros after the last row.
     """
-    return route.forth(rows_RD)
+    return carry(rows_RD, route.forth, wire)
 
 
-@jax.custom_vjp
-def bring_back(rows_SD: jax.Array, route: Route) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bring_back(rows_SD: jax.Array, route: Route, wire: WireFormat | None = None) -> jax.Array:
     """Rows that stand where `send` delivered, at the places from which those came; zeros for rows never sent.
 
     Returns:
         rows_RD.
     """
-    return route.back(rows_SD)
+    return carry(rows_SD, route.back, wire)
 
 
-send.defvjp(
-    lambda rows_RD, route: (route.forth(rows_RD), route),
-    lambda route, drows_SD: (route.back(drows_SD), jax.tree.map(no_gradient, route)),
-)
-bring_back.defvjp(
-    lambda rows_SD, route: (route.back(rows_SD), route),
-    lambda route, drows_RD: (route.forth(drows_RD), jax.tree.map(no_gradient, route)),
-)
+def _send_gradient(wire: WireFormat | None, route: Route, drows_SD: jax.Array):
+    return carry(drows_SD, route.back, wire, gradient=True), jax.tree.map(no_gradient, route)
+
+
+def _bring_back_gradient(wire: WireFormat | None, route: Route, drows_RD: jax.Array):
+    return carry(drows_RD, route.forth, wire, gradient=True), jax.tree.map(no_gradient, route)
+
+
+send.defvjp(lambda rows_RD, route, wire: (carry(rows_RD, route.forth, wire), route), _send_gradient)
+bring_back.defvjp(lambda rows_SD, route, wire: (carry(rows_SD, route.back, wire), route), _bring_back_gradient)
 
 
 def block_rows(num_rows: int, num_buckets: int, group: Group, limit: int) -> int:

@@ -11,12 +11,12 @@ from typing import Union
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from parallel.exchange import route as routes
-from parallel.exchange.flat import Arrived, Flat, bytes_of_row, for_wire
+from parallel.exchange.flat import Arrived, Flat
 from parallel.exchange.group import Group
 from parallel.exchange.route import LayRoute
+from parallel.exchange.wire import WireFormat, bytes_of_row
 from parallel.sort_rows import rows_of_tokens, sort_rows, tokens_of_rows
 
 LARGEST_EXACT = 2**24
@@ -36,7 +36,7 @@ class Stepwise:
     within: Union["Stepwise", Flat]
     num_buckets: int
     limit: int
-    wire: DTypeLike
+    wire: WireFormat | None
 
     def __post_init__(self) -> None:
         assert self.num_buckets < LARGEST_EXACT, "bucket numbers travel as float32"
@@ -46,21 +46,21 @@ class Stepwise:
         num_members, own = self.group.size, self.within.num_buckets
         with jax.named_scope("dispatch"):
             order = sort_rows(distinct(buckets_AK // own, num_members), num_members)
-            rows_RD = for_wire(rows_of_tokens(x_AD, order), self.wire, self.group)
+            rows_RD = rows_of_tokens(x_AD, order)
             # From 1, since places to which no row was sent hold zeros.
             notes_A2K = jnp.concatenate([weights_AK, buckets_AK.astype(weights_AK.dtype) + 1], axis=1)
             notes_R2K = rows_of_tokens(notes_A2K, order)
         with jax.named_scope("exchange"):
             limit = min(x_AD.shape[0], own * self.limit)
             route = self.lay_route(order.counts_E, rows_RD.shape[0], self.group, limit)
-            x_GD = routes.send(rows_RD, route).astype(x_AD.dtype)
+            x_GD = routes.send(rows_RD, route, self.wire)
             weights_GK, numbers_GK = jnp.split(routes.send(notes_R2K, route), 2, axis=1)
         buckets_GK = numbers_GK.astype(jnp.int32) - 1
         here_GK = buckets_GK // own == self.group.position()
         arrived = self.within.send(x_GD, jnp.where(here_GK, buckets_GK % own, own), weights_GK)
 
-        there, back, notes = route.rows_forth(), route.rows_back(), bytes_of_row(notes_R2K)
-        bytes_of_rows = (there + back) * bytes_of_row(rows_RD)
+        there, back, notes = route.rows_forth(), route.rows_back(), notes_R2K.shape[1] * notes_R2K.dtype.itemsize
+        bytes_of_rows = (there + back) * bytes_of_row(x_AD.shape[1], self.wire)
         return arrived._replace(
             ticket=(arrived, order, route),
             forward=arrived.forward + bytes_of_rows + there * notes + route.tables(),
@@ -72,7 +72,7 @@ class Stepwise:
         arrived, order, route = arrived.ticket
         y_GD = self.within.bring_back(y_SD, arrived)
         with jax.named_scope("exchange"):
-            y_RD = routes.bring_back(for_wire(y_GD, self.wire, self.group), route).astype(y_GD.dtype)
+            y_RD = routes.bring_back(y_GD, route, self.wire)
         with jax.named_scope("combine"):
             return tokens_of_rows(y_RD, jnp.ones(order.row_AK.shape, jnp.float32), order)
 

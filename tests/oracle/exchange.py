@@ -1,5 +1,7 @@
 """What an exchange must deliver, and what it sends, with loops."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -55,3 +57,26 @@ def hierarchical_rows(buckets_PAK: np.ndarray, num_buckets: int, node_size: int)
         inside += sum(owner % node_size != sender % node_size for owner in owners)
         across += len({owner // node_size for owner in owners} - {sender // node_size})
     return inside / num_devices, across / num_devices
+
+
+def rounded_sums(
+    x_D: np.ndarray,
+    choices: list[tuple[int, float]],
+    scale_ED: np.ndarray,
+    own: list[int],
+    rounded: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """As `sums` for one token, whose row is rounded when it leaves for each step, and each member's sum when it leaves
+    for home.
+
+    Args:
+        choices: (bucket, weight) of those that were not dropped.
+        own: how many buckets each member owns in each step; none where all steps are done.
+    """
+    if not own:
+        return sum((weight * scale_ED[bucket] * x_D for bucket, weight in choices), np.zeros(len(x_D)))
+    y_D = np.zeros(len(x_D))
+    for member in {bucket // own[0] for bucket, _ in choices}:
+        there = [choice for choice in choices if choice[0] // own[0] == member]
+        y_D += rounded(rounded_sums(rounded(x_D), there, scale_ED, own[1:], rounded))
+    return y_D

@@ -15,6 +15,7 @@ from parallel.exchange.minimum import least_rows
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
 from tests.oracle import exchange as oracle
+from tests.oracle.blocks import on_the_wire
 from tests.parallel.exchange.collectives import collective_bytes
 
 A, K, D, E = 6, 3, 5, 8
@@ -24,7 +25,7 @@ PLACES = [(1, 1), (2, 1), (2, 2), (4, 2), (8, 1), (8, 2), (8, 4), (8, 8)]
 
 
 @functools.cache
-def program(name: str, num_devices: int, node_size: int, limit: int = A, axes=("expert",), wire=jnp.float32):
+def program(name: str, num_devices: int, node_size: int, limit: int = A, axes=("expert",), wire="float32"):
     """Each arrived row times its bucket's vector: the sums, their gradients for x and the weights, and the bytes."""
     sizes = {"expert": num_devices} if len(axes) == 1 else {axes[0]: 2, axes[1]: num_devices // 2}
     axis = axes[0] if len(axes) == 1 else axes
@@ -61,8 +62,42 @@ def check(name: str, buckets_PAK: np.ndarray, node_size: int, **settings):
     run = program(name, num_devices, node_size, **settings)
     y_PAD, (dx_PAD, dweights_PAK), sent = run(x_PAD, weights_PAK, buckets_PAK, dy_PAD)
     told = (y_PAD, dx_PAD, dweights_PAK)
-    assert_trees_equal_to_scale(told, expected(x_PAD, weights_PAK, buckets_PAK, dy_PAD), tolerance=1e-6)
+    given = (x_PAD, weights_PAK, buckets_PAK, dy_PAD)
+    wire = settings.get("wire", "float32")
+    by_hand = expected(*given) if wire == "float32" else expected_rounded(name, wire, node_size, *given)
+    assert_trees_equal_to_scale(told, by_hand, tolerance=1e-6)
     return sent
+
+
+def expected_rounded(name, wire, node_size, x_PAD, weights_PAK, buckets_PAK, dy_PAD):
+    """By the rules of parallel/exchange for 8 bits: what is copied is rounded once however many steps it takes, what is
+    summed before each. Flat exchanges weigh at home, the others where the buckets are."""
+    P = len(x_PAD)
+    if P == 1:
+        return expected(x_PAD, weights_PAK, buckets_PAK, dy_PAD)
+    values, gradients = (
+        functools.partial(on_the_wire, element=element)
+        for element in (("int8", "int8") if wire == "int8" else ("float8_e4m3fn", "float8_e5m2"))
+    )
+    steps = [(P // node_size, E // (P // node_size)), (node_size, E // P)]
+    own = [buckets for members, buckets in steps if members > 1]
+    y_PAD, dx_PAD, dweights_PAK = (np.zeros(x.shape) for x in (x_PAD, x_PAD, weights_PAK))
+    for p, a in np.ndindex(P, A):
+        x_D, dy_D = x_PAD[p, a], dy_PAD[p, a]
+        kept = [k for k in range(K) if buckets_PAK[p, a, k] < E]
+        choices = [(buckets_PAK[p, a, k], weights_PAK[p, a, k]) for k in kept]
+        if "hierarchical" in name:
+            y_PAD[p, a] = oracle.rounded_sums(x_D, choices, SCALE_ED, own, values)
+            dx_PAD[p, a] = oracle.rounded_sums(dy_D, choices, SCALE_ED, own, gradients)
+        for k, (bucket, weight) in zip(kept, choices, strict=True):
+            row_D = SCALE_ED[bucket] * values(x_D)
+            if "hierarchical" in name:
+                dweights_PAK[p, a, k] = (row_D * gradients(dy_D)).sum()
+            else:
+                dweights_PAK[p, a, k] = (values(row_D) * dy_D).sum()
+                y_PAD[p, a] += weight * values(row_D)
+                dx_PAD[p, a] += gradients(SCALE_ED[bucket] * gradients(weight * dy_D))
+    return y_PAD, dx_PAD, dweights_PAK
 
 
 def expected(x_PAD, weights_PAK, buckets_PAK, dy_PAD):
@@ -100,37 +135,43 @@ def one_sender(num_devices: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("wire", ["float32", *(pytest.param(wire, marks=pytest.mark.slow) for wire in ("fp8", "int8"))])
 class TestContract:
     @pytest.mark.parametrize(
         ("num_devices", "node_size"),
         [place if place in ((1, 1), (8, 2)) else pytest.param(*place, marks=pytest.mark.slow) for place in PLACES],
     )
     @pytest.mark.parametrize("routing", [spread, one_bucket, first_buckets, one_sender], ids=lambda f: f.__name__)
-    def test_sums_and_gradients(self, name, routing, num_devices, node_size):
-        check(name, routing(num_devices), node_size)
+    def test_sums_and_gradients(self, name, wire, routing, num_devices, node_size):
+        check(name, routing(num_devices), node_size, wire=wire)
 
-    def test_no_choice_at_all(self, name):
-        check(name, np.full((8, A, K), E, np.int32), 2)
+    def test_no_choice_at_all(self, name, wire):
+        check(name, np.full((8, A, K), E, np.int32), 2, wire=wire)
 
     @settings(max_examples=30, deadline=None)
     @given(data=st.data())
-    def test_any_routing(self, name, data):
+    def test_any_routing(self, name, wire, data):
         seed, favoured = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 7))
         buckets_PAK = spread(8, seed)
         taken = (buckets_PAK == favoured).any(-1)
         crowded = np.random.default_rng(seed).random((8, A)) < data.draw(st.floats(0, 1))
         buckets_PAK[..., 0] = np.where(crowded & ~taken, favoured, buckets_PAK[..., 0])
-        check(name, buckets_PAK, 2)
+        check(name, buckets_PAK, 2, wire=wire)
 
-    def test_capacity_bounds_the_buffers(self, name):
+    def test_capacity_bounds_the_buffers(self, name, wire):
         """Two rows a bucket from each device: tokens 0 and 1 take buckets 0 to 2, and so on."""
         buckets_AK = np.arange(K)[None, :] + K * (np.arange(A)[:, None] // 2)
         buckets_PAK = np.broadcast_to(np.minimum(buckets_AK, E), (8, A, K)).astype(np.int32)
-        check(name, buckets_PAK, 2, limit=2)
+        check(name, buckets_PAK, 2, limit=2, wire=wire)
 
     @pytest.mark.slow
-    def test_buckets_over_two_axes(self, name):
-        check(name, spread(8), 4, axes=("data", "expert"))
+    def test_buckets_over_two_axes(self, name, wire):
+        check(name, spread(8), 4, axes=("data", "expert"), wire=wire)
+
+
+@pytest.mark.parametrize(("name", "wire"), [("padded", "int8"), ("ragged_hierarchical", "fp8")])
+def test_rows_in_8_bits(name, wire):
+    check(name, spread(8), 2, wire=wire)
 
 
 def mean_bytes(sent) -> np.ndarray:
@@ -139,22 +180,24 @@ def mean_bytes(sent) -> np.ndarray:
 
 
 @pytest.mark.parametrize("node_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wire", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["padded", "gathered", "hierarchical"])
-def test_bytes_told_are_those_compiled(name, node_size):
+def test_bytes_told_are_those_compiled(name, wire, node_size):
     """Every collective of the compiled forward and backward pass, tables and all. The ragged exchanges' bytes depend
     on the routing and do not stand in the program; the next test has them."""
-    run, (x, weights, dy) = program(name, 8, node_size), given_arrays(8)
-    told = mean_bytes(check(name, spread(8), node_size)).sum(0)
+    run, (x, weights, dy) = program(name, 8, node_size, wire=wire), given_arrays(8)
+    told = mean_bytes(check(name, spread(8), node_size, wire=wire)).sum(0)
     text = run.lower(x, weights, spread(8), dy).compile().as_text()
     np.testing.assert_array_equal(told, collective_bytes(text, 8, node_size))
 
 
+@pytest.mark.parametrize(("wire", "row"), [("float32", 4 * D), pytest.param("int8", D + 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("routing", [spread, first_buckets, one_sender], ids=lambda f: f.__name__)
-def test_ragged_bytes_are_those_of_the_rows_that_exist(routing):
+def test_ragged_bytes_are_those_of_the_rows_that_exist(routing, wire, row):
     buckets_PAK = routing(8)
-    row, counts = 4 * D, 4 * E * np.array([1, 6])
+    counts = 4 * E * np.array([1, 6])
     rows = np.array(oracle.flat_rows(buckets_PAK, E, 2))
-    forward, backward = mean_bytes(check("ragged", buckets_PAK, 2))
+    forward, backward = mean_bytes(check("ragged", buckets_PAK, 2, wire=wire))
     np.testing.assert_allclose(forward, 2 * row * rows + counts, rtol=1e-6)
     np.testing.assert_allclose(backward, 2 * row * rows, rtol=1e-6)
 
@@ -162,7 +205,7 @@ def test_ragged_bytes_are_those_of_the_rows_that_exist(routing):
     # Buckets and weights of each row that goes there. How many, for each of four nodes and two devices.
     notes = 2 * K * 4 * rows
     counts = 4 * np.array([2, 3 * 4])
-    forward, backward = mean_bytes(check("ragged_hierarchical", buckets_PAK, 2))
+    forward, backward = mean_bytes(check("ragged_hierarchical", buckets_PAK, 2, wire=wire))
     np.testing.assert_allclose(forward, 2 * row * rows + notes + counts, rtol=1e-6)
     np.testing.assert_allclose(backward, 2 * row * rows + notes, rtol=1e-6)
 
@@ -197,8 +240,7 @@ def test_rows_travel_in_the_format_of_the_wire():
     """bfloat16 on every way: sums come near, rows take half the bytes, and the weights stay in float32."""
     x, weights, dy = given_arrays(8)
     exact, short = (
-        program("ragged_hierarchical", 8, 2, wire=wire)(x, weights, spread(8), dy)
-        for wire in (jnp.float32, jnp.bfloat16)
+        program("ragged_hierarchical", 8, 2, wire=wire)(x, weights, spread(8), dy) for wire in ("float32", "bfloat16")
     )
     assert short[0].dtype == jnp.float32
     assert_trees_equal_to_scale(short[:2], exact[:2], tolerance=0.02)
@@ -209,4 +251,9 @@ def test_rows_travel_in_the_format_of_the_wire():
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="padded"):
-        make_exchange("carrier_pigeon", "expert", 2, 1, 4, 4, jnp.float32)
+        make_exchange("carrier_pigeon", "expert", 2, 1, 4, 4, "float32")
+
+
+def test_unknown_format():
+    with pytest.raises(ValueError, match="bfloat16"):
+        make_exchange("padded", "expert", 2, 1, 4, 4, "float16")
