@@ -43,8 +43,17 @@ class Experts(nnx.Module):
         return ExpertWeights(*specs)
 
 
-def apply_experts(rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeights, execution: Execution) -> jax.Array:
+def apply_experts(
+    rows_RD: jax.Array,
+    counts_E: jax.Array,
+    weights: ExpertWeights,
+    execution: Execution,
+    gates_R: jax.Array | None = None,
+) -> jax.Array:
     """Applies expert e to the next counts_E[e] rows.
+
+    Args:
+        gates_R: f32, by which each row's output is multiplied; None for 1.
 
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows.
@@ -52,5 +61,5 @@ def apply_experts(rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeight
     with jax.named_scope("experts"):
         gate_RF = grouped_matmul(rows_RD, weights.gate_EDF, counts_E, backend=execution.grouped_matmul)
         up_RF = grouped_matmul(rows_RD, weights.up_EDF, counts_E, backend=execution.grouped_matmul)
-        hidden_RF = swiglu(gate_RF, up_RF)
+        hidden_RF = swiglu(gate_RF, up_RF, gates_R)
         return grouped_matmul(hidden_RF, weights.down_EFD, counts_E, backend=execution.grouped_matmul)

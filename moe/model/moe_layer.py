@@ -119,7 +119,9 @@ class MoELayer(nnx.Module):
             # All chunks are sent before any is computed, so that no exchange waits for an expert.
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
             y_CAD = [
-                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, weights, self.execution), each)
+                exchange.bring_back(
+                    apply_experts(each.rows_SD, each.counts_E, weights, self.execution, each.gates_S), each
+                )
                 for each in arrived
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
@@ -150,6 +152,7 @@ class MoELayer(nnx.Module):
             self.config.num_experts,
             limit,
             self.precision.exchange,
+            weighs_before=self.execution.gate == "before",
         )
 
 
