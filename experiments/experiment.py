@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from experiments.overrides import check, settings, vary
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, divisors
-from moe.model.execution import Execution
+from moe.model.execution import Execution, check_execution
 from moe.model.precision import Precision, check_gathered
 from moe.train.data import DataConfig
 from moe.train.histories import check_histories
@@ -78,6 +78,7 @@ class Experiment:
         self._check_sharding()
         check_optimizer(self.optimizer, self.precision)
         check_gathered(self.precision, self.layout)
+        check_execution(self.execution, self.precision)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "

@@ -60,6 +60,31 @@ def _rows_backward(order: RowOrder, drows_RD: jax.Array):
 rows_of_tokens.defvjp(_rows_forward, _rows_backward)
 
 
+def weights_of_rows(weights_AK: jax.Array, order: RowOrder) -> jax.Array:
+    """weights_R, of the choice that stands at each row."""
+    return weights_AK.reshape(-1)[inverse_places(order.row_AK.reshape(-1), order.token_R.size)]
+
+
+@jax.custom_vjp
+def sum_of_rows(rows_RD: jax.Array, order: RowOrder) -> jax.Array:
+    """y[a] = Σ_k rows[row of choice (a, k)], summed in float32: `tokens_of_rows` with weights of 1, for which the
+    backward pass needs no rows.
+
+    Args:
+        rows_RD: zero for dropped choices.
+
+    Returns:
+        y_AD, of the rows' dtype.
+    """
+    return take_rows(rows_RD, order.row_AK).astype(jnp.float32).sum(1).astype(rows_RD.dtype)
+
+
+sum_of_rows.defvjp(
+    lambda rows_RD, order: (sum_of_rows(rows_RD, order), order),
+    lambda order, dy_AD: (dy_AD[order.token_R], jax.tree.map(no_gradient, order)),
+)
+
+
 @jax.custom_vjp
 def tokens_of_rows(rows_RD: jax.Array, weights_AK: jax.Array, order: RowOrder) -> jax.Array:
     """y[a] = Σ_k weights[a, k] · rows[row of choice (a, k)], summed in float32.
@@ -83,8 +108,7 @@ def _tokens_forward(rows_RD: jax.Array, weights_AK: jax.Array, order: RowOrder):
 def _tokens_backward(saved, dy_AD: jax.Array):
     rows_RD, weights_AK, order = saved
     dy_AD = dy_AD.astype(jnp.float32)
-    weights_R = weights_AK.reshape(-1)[inverse_places(order.row_AK.reshape(-1), rows_RD.shape[0])]
-    drows_RD = dy_AD[order.token_R] * weights_R[:, None]
+    drows_RD = dy_AD[order.token_R] * weights_of_rows(weights_AK, order)[:, None]
     dweights_AK = jnp.einsum("AKD,AD->AK", take_rows(rows_RD, order.row_AK).astype(jnp.float32), dy_AD)
     return drows_RD.astype(rows_RD.dtype), dweights_AK.astype(weights_AK.dtype), jax.tree.map(no_gradient, order)
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe.model.adapter import Adapter, LoraConfig, Projection
@@ -59,7 +60,7 @@ class Attention(nnx.Module):
     ) -> None:
         self.eps = config.norm_eps
         self.dtype = precision.compute_dtype
-        self.backend = execution.attention
+        self.backend, self.softmax = execution.attention, jnp.dtype(precision.softmax)
         D, N, M, H, std = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.init_std
         self.w_q_DNH = matrix("DNH", (D, N, H), "attention", std, precision, rngs)
         self.w_o_NHD = matrix("NHD", (N, H, D), "attention", std, precision, rngs)
@@ -139,7 +140,7 @@ class Attention(nnx.Module):
 
             def attend(q_BSNH, k_BSMH, v_BSMH, segments_BS):
                 segments = {"segments_BT": segments_BS, "segments_BS": segments_BS}
-                return attention(q_BSNH, k_BSMH, v_BSMH, **segments, backend=self.backend)
+                return attention(q_BSNH, k_BSMH, v_BSMH, **segments, softmax=self.softmax, backend=self.backend)
 
             on_each_device = layout.shard_map(attend, (heads, keys, keys, tokens), heads)
             return on_each_device(q_BSNH, kv.k_BSMH, kv.v_BSMH, segments_BT)
@@ -150,6 +151,7 @@ class Attention(nnx.Module):
             query_positions_BT=slots_BT,
             segments_BT=segments_BT,
             segments_BS=segments_BT,
+            softmax=self.softmax,
             backend=self.backend,
         )
 

@@ -1,9 +1,10 @@
-"""How the model is computed: backends and rematerialisation. Choices here never change the mathematics."""
+"""How the model is computed: backends and rematerialisation. Choices here change nothing but rounding."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.model.config import require_positive
+from moe.model.config import ConfigError, require_choice, require_positive
+from moe.model.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class Execution:
         shared one, compute another.
     devices_per_node: consecutive devices of the mesh that share a node. The hierarchical exchanges go by it, and the
         bytes that are told.
+    gate: whether an expert's output is multiplied by the router's weight "after" the exchange has brought it back, or
+        its hidden activation is, "before" the down projection. Then the weights travel with the rows, 4 bytes each, and
+        the backward pass is saved no output rows.
     remat: what the backward pass recomputes, see moe/model/remat.py.
     """
 
@@ -25,7 +29,26 @@ class Execution:
     exchange: Literal["padded", "gathered", "ragged", "hierarchical", "ragged_hierarchical"] = "padded"
     exchange_chunks: int = 1
     devices_per_node: int = 8
-    remat: Literal["none", "full", "matmuls", "matmuls_on_host"] = "none"
+    gate: Literal["after", "before"] = "after"
+    remat: Literal["none", "full", "matmuls", "matmuls_fp8", "matmuls_on_host"] = "none"
 
     def __post_init__(self) -> None:
         require_positive(self, "exchange_chunks", "devices_per_node", area="execution.")
+        require_choice(self, "gate", ("after", "before"), area="execution.")
+
+
+def check_execution(execution: Execution, precision: Precision) -> None:
+    """
+    Raises:
+        ConfigError: a number format that a backend does not have.
+    """
+    if precision.softmax != "float32" and execution.attention != "dense":
+        raise ConfigError(
+            f"precision.softmax={precision.softmax!r} with execution.attention={execution.attention!r}: kernels that "
+            "never hold all scores have float32 ones; set execution.attention='dense', or softmax='float32'"
+        )
+    if execution.remat == "matmuls_fp8" and precision.compute != "bfloat16":
+        raise ConfigError(
+            f"execution.remat='matmuls_fp8' with precision.compute={precision.compute!r}: only bfloat16 is kept in "
+            "8 bits; set precision.compute='bfloat16', or remat='matmuls'"
+        )

@@ -14,6 +14,7 @@ from moe.model.products import Products, recorded, spread
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.quantize import QuantizedWeight
 from moe.ops.scaled import Recipe, frozen_grouped_matmul, scaled_grouped_matmul
+from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
 
@@ -72,13 +73,19 @@ def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
 
 
 def apply_experts(
-    rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeights, execution: Execution, recipe: Recipe | None
+    rows_RD: jax.Array,
+    counts_E: jax.Array,
+    weights: ExpertWeights,
+    execution: Execution,
+    recipe: Recipe | None,
+    gates_R: jax.Array | None = None,
 ) -> jax.Array:
     """Applies expert e to the next counts_E[e] rows.
 
     Args:
         weights: of one part of the rows, as `by_chunk` gives them.
         recipe: of products in 8 bits.
+        gates_R: f32, by which each row's output is multiplied; None for 1.
 
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows.
@@ -99,4 +106,4 @@ def apply_experts(
     with jax.named_scope("experts"):
         gate_RF = product("gate", rows_RD, weights.gate_EDF)
         up_RF = product("up", rows_RD, weights.up_EDF)
-        return product("down", jax.nn.silu(gate_RF) * up_RF, weights.down_EFD)
+        return product("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD)

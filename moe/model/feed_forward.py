@@ -6,6 +6,7 @@ from flax import nnx
 from moe.model.parameter import Kind, matrix
 from moe.model.precision import Precision
 from moe.model.products import Products
+from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
 
@@ -21,5 +22,5 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array, layout: Layout) -> jax.Array:
         gate_BTF = self.products("gate", "BTD,DF->BTF", x_BTD, self.w_gate_DF, layout)
         up_BTF = self.products("up", "BTD,DF->BTF", x_BTD, self.w_up_DF, layout)
-        hidden_BTF = layout.constrain(jax.nn.silu(gate_BTF) * up_BTF, "BTF")
+        hidden_BTF = layout.constrain(swiglu(gate_BTF, up_BTF), "BTF")
         return layout.constrain(self.products("down", "BTF,FD->BTD", hidden_BTF, self.w_down_FD, layout), "BTD")

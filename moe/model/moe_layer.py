@@ -120,7 +120,9 @@ class MoELayer(nnx.Module):
             # All chunks are sent before any is computed, so that no exchange waits for an expert.
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
             y_CAD = [
-                exchange.bring_back(apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe), each)
+                exchange.bring_back(
+                    apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe, each.gates_S), each
+                )
                 for each, own in zip(arrived, by_chunk(weights, chunks), strict=True)
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
@@ -151,6 +153,7 @@ class MoELayer(nnx.Module):
             self.config.num_experts,
             limit,
             self.precision.exchange,
+            weighs_before=self.execution.gate == "before",
         )
 
 

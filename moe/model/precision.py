@@ -19,10 +19,20 @@ Format = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats by kind of tensor. Router, softmax, norms and loss are always computed in float32.
+    """Number formats by kind of tensor.
+
+    What is summed is summed in float32, whatever the format of its terms: products of matrices
+    (`preferred_element_type`, and the accumulators of the kernels in moe/ops), norms, softmaxes, the loss over the
+    vocabulary and over the tokens. Norms, RoPE, the router's probabilities and the loss are computed in float32, and no
+    such array outlives its use: the loss has logits of training.loss_chunk positions at a time, and the backward pass
+    is saved what the others take and give, in the compute format.
 
     parameters: as stored, and updated by the optimizer.
-    compute: inputs of the matrix products and the residual stream; products accumulate in float32.
+    compute: inputs of the matrix products and the residual stream.
+    router: inputs of the product that gives the router's logits. In bfloat16, close calls between experts may go the
+        other way.
+    softmax: scores of attention as they are held, for execution.attention "dense". The other backends hold a block of
+        them at a time, in float32.
     gradients: in which gradients are accumulated over microbatches and reduced over devices.
     exchange: rows on the wire between devices of the expert axis. In 8 bits each 32 numbers of a row share a power of
         two (parallel/blocks.py): "fp8" is e4m3, and e5m2 for gradients; "int8" the same for both.
@@ -49,6 +59,8 @@ class Precision:
 
     parameters: Format = "float32"
     compute: Format = "bfloat16"
+    router: Format = "float32"
+    softmax: Format = "float32"
     gradients: Format = "float32"
     exchange: WireFormat = "bfloat16"
     gathered: EightBit | None = None
@@ -59,7 +71,7 @@ class Precision:
     scaling: Scaling = "tensor"
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "compute", "gradients"):
+        for name in ("parameters", "compute", "router", "softmax", "gradients"):
             value = getattr(self, name)
             if value not in ("float32", "bfloat16"):
                 raise ConfigError(f"precision.{name}={value!r}: give 'float32' or 'bfloat16'")

@@ -1,8 +1,11 @@
 """What the backward pass recomputes instead of keeping: named policies over one group of layers."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from moe.model.config import ConfigError
 from parallel.layout import HOST_MEMORY
@@ -14,6 +17,8 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     "none": every intermediate is kept; most memory, no recomputation.
     "matmuls": outputs of the matrix products with weights are kept, the rest is computed again.
     "matmuls_on_host": as "matmuls", and what is kept waits in the host's memory.
+    "matmuls_fp8": as "matmuls", and what is kept in bfloat16 is kept as e4m3 with a scale for each vector: half the
+        bytes. The forward pass is exact; the backward pass computes with rounded values (COAT, arXiv 2410.19313, §5).
     "full": only the group's input is kept, its forward pass runs twice.
     """
     if policy == "none":
@@ -25,4 +30,47 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     if policy == "matmuls_on_host":
         offload = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY)
         return jax.checkpoint(layers, policy=offload)
-    raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_on_host' or 'full'")
+    if policy == "matmuls_fp8":
+        return _kept_in_fp8(rematerialise(layers, "matmuls"))
+    raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
+
+
+def _kept_in_fp8(layers: Callable) -> Callable:
+    """The function of a scanned group, of two arguments, which keeps in 8 bits what it would keep in bfloat16.
+
+    Arguments, the weights among them, are kept as they are; and so is what is float32, such as the router's logits,
+    since rounding these would change which experts the backward pass goes through.
+    """
+
+    def change(pullback: Any, how: Callable[[Any], Any]) -> Any:
+        return replace(pullback, opaque_residuals=[how(x) for x in pullback.opaque_residuals])
+
+    def forward(carry: Any, of_group: Any):
+        made, pullback = jax.vjp(layers, carry, of_group)
+        return made, change(pullback, _to_fp8)
+
+    kept = jax.custom_vjp(layers)
+    kept.defvjp(forward, lambda pullback, gradient: change(pullback, _from_fp8)(gradient))
+    return kept
+
+
+class _InFp8(NamedTuple):
+    """values: e4m3. scales: f32, one for each vector along the last axis."""
+
+    values: jax.Array
+    scales: jax.Array
+
+
+def _to_fp8(x: jax.Array) -> Any:
+    """bfloat16 scaled so that the largest of each vector becomes e4m3's largest; anything else as it is."""
+    if x.dtype != jnp.bfloat16 or x.ndim == 0:
+        return x
+    largest = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32)
+    scales = jnp.where(largest == 0, 1, largest / float(jnp.finfo(jnp.float8_e4m3fn).max))
+    return _InFp8((x.astype(jnp.float32) / scales).astype(jnp.float8_e4m3fn), scales)
+
+
+def _from_fp8(kept: Any) -> jax.Array:
+    if not isinstance(kept, _InFp8):
+        return kept
+    return (kept.values.astype(jnp.float32) * kept.scales).astype(jnp.bfloat16)

@@ -29,20 +29,20 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Softmax over all experts, then the top k (released code: top1gating, topkgating). All in float32."""
+    """Softmax over all experts, then the top k (released code: top1gating, topkgating). In float32, but for the product
+    where `Precision.router` says otherwise."""
 
     def __init__(self, config: ModelConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.dtype = jnp.dtype(precision.router)
         shape = (config.d_model, config.num_experts)
         self.w_DE = matrix("DE", shape, "router", config.init_std, precision, rngs)
         if config.router.balance == "bias":
             self.bias_E = SelectionBias(jnp.zeros(config.num_experts, jnp.float32))
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, layout: Layout) -> Routing:
-        w_DE = layout.gather(self.w_DE[...].astype(jnp.float32), "DE")
-        logits_BTE = layout.constrain(
-            jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE, precision="highest"), "BTE"
-        )
+        w_DE = layout.gather(self.w_DE[...].astype(self.dtype), "DE")
+        logits_BTE = layout.constrain(_logits(x_BTD, w_DE), "BTE")
         bias_E = self.bias_E[...] if self.config.router.balance == "bias" else None
         return choose(logits_BTE, valid_BT, self.config.router, bias_E)
 
@@ -51,6 +51,14 @@ class Router(nnx.Module):
         (arXiv 2408.15664, algorithm 1). Leading axes of stacked layers are carried along."""
         mean_load = 1.0 / self.config.num_experts
         self.bias_E[...] += self.config.router.bias_rate * jnp.sign(mean_load - load_E)
+
+
+@jax.checkpoint
+def _logits(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
+    """f32. The backward pass is saved x in the format that it has, and widens it anew."""
+    return jnp.einsum(
+        "BTD,DE->BTE", x_BTD.astype(w_DE.dtype), w_DE, precision="highest", preferred_element_type=jnp.float32
+    )
 
 
 def choose(

@@ -12,7 +12,7 @@ from moe.model.attention import Sight
 from moe.model.block import Group
 from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
-from moe.model.execution import Execution
+from moe.model.execution import Execution, check_execution
 from moe.model.landing import land
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import matrix, norm_scale
@@ -46,6 +46,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, precision: Precision, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        check_execution(execution, precision)
         self.config = config
         self.precision = precision
         self.execution = execution

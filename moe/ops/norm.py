@@ -1,13 +1,17 @@
 """Root-mean-square normalisation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """x / sqrt(mean(x²) + eps), times `weight`, over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    Normalised in float32, cast to x's dtype, and only then scaled (released code, HunYuanRMSNorm).
+    Normalised in float32, cast to x's dtype, and only then scaled (released code, HunYuanRMSNorm). The backward pass is
+    saved x as it is, in its own format, and divides anew.
 
     Args:
         x: any shape.
@@ -17,7 +21,33 @@ def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     Returns:
         of x's shape and dtype.
     """
-    x_f32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
-    normalised = (x_f32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    normalised = _divided(x, eps)[0].astype(x.dtype)
     return normalised if weight is None else weight.astype(x.dtype) * normalised
+
+
+def _divided(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """f32: x over its root mean square, and the inverse of that."""
+    x_f32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return x_f32 * inverse, inverse
+
+
+def _forward(x: jax.Array, weight: jax.Array | None, eps: float):
+    return rms_norm(x, weight, eps), (x, weight)
+
+
+def _backward(eps: float, saved, dy: jax.Array):
+    """With n = x · r and r = (mean(x²) + eps)^(-1/2): dx = r · (dn − n · mean(dn · n)). All in float32."""
+    x, weight = saved
+    normalised, inverse = _divided(x, eps)
+    dy = dy.astype(jnp.float32)
+    dn, dweight = dy, None
+    if weight is not None:
+        dn = dy * weight.astype(jnp.float32)
+        rounded = normalised.astype(x.dtype).astype(jnp.float32)
+        dweight = (dy * rounded).sum(tuple(range(x.ndim - 1))).astype(weight.dtype)
+    dx = inverse * (dn - normalised * jnp.mean(dn * normalised, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), dweight
+
+
+rms_norm.defvjp(_forward, _backward)

@@ -68,6 +68,8 @@ class Layers:
             return sum(self._everything(dense, first=place == 0) for place, dense in enumerate(group))
         if remat == "matmuls":
             return inputs + self.products(group)
+        if remat == "matmuls_fp8":
+            return inputs + self._products_in_fp8(group)
         return inputs
 
     def products(self, group: Group) -> int:
@@ -82,27 +84,37 @@ class Layers:
             found += 0 if dense else 4 * self.sizes.stream * model.num_experts
         return found
 
+    def _products_in_fp8(self, group: Group) -> int:
+        """Of `products`, those in bfloat16 in a byte a number and four a vector."""
+        model, (q, kv) = self.sizes.model, self.heads
+        logits = sum(4 * self.sizes.stream * model.num_experts for dense in group if not dense)
+        vectors = 2 * kv // model.head_dim
+        for dense in group:
+            vectors += q // model.head_dim + self.sizes.stream
+            vectors += 2 * self.sizes.tokens + self.sizes.stream if self.width(dense) else 0
+        return logits + (self.products(group) - logits) // self.sizes.compute + 4 * vectors
+
     def _everything(self, dense: bool, *, first: bool) -> int:
         """All that the backward pass of a layer reads.
 
-        A norm keeps its input and its quotient in float32, and the quotient and its product with the weight in the
-        compute format. A SwiGLU keeps its two products, the hidden activation, and three factors of silu's derivative.
-        Attention keeps q, k, v and its output, twice; the router its input and a few tables in float32; the experts'
-        exchange the rows that came, and those that came back; where rows are weighed before they go back, as in the
-        hierarchical exchanges, what the experts made of them too.
+        A norm keeps what it takes and what it gives; a SwiGLU its two products and the hidden activation. Attention
+        keeps q, k, v and its output, twice; the router a few tables in float32; the experts' exchange the rows that
+        came, and where results are weighed after they come back, those; in the hierarchical exchanges these are weighed
+        on the experts' device.
         """
         c, model = self.sizes.compute, self.sizes.model
-        norm = 8 + 2 * c
+        norm = 2 * c
         q, kv = self.heads
         has_norm = model.qk_norm != "none"
-        found = 2 * norm * self.stream + (norm * has_norm + 3 * c) * q + 6 * c * self.width(dense)
+        found = 2 * norm * self.stream + (norm * has_norm + 3 * c) * q + 3 * c * self.width(dense)
         if first:
-            found += (8 * has_norm + 2 * c) * kv
+            found += (c * has_norm + 2 * c) * kv
         if not dense:
             sent, rows, hidden = self.routed
-            found += 4 * self.stream + 4 * 4 * self.sizes.stream * model.num_experts
-            found += 6 * c * hidden + c * rows + c * sent
-            found += c * rows if "hierarchical" in self.job.execution.exchange else 0
+            found += 4 * 4 * self.sizes.stream * model.num_experts
+            found += 3 * c * hidden + c * rows
+            if self.job.execution.gate == "after":
+                found += c * (rows if "hierarchical" in self.job.execution.exchange else sent)
         return found
 
     def _recomputed(self, dense: bool) -> int:

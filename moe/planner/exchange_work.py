@@ -57,6 +57,8 @@ class RowExchange:
     def _whole(self, way: str, flags: dict[str, Any]) -> Transfer:
         s, backend = self.sizes, self.sizes.job.execution.exchange
         row = float(s.model.d_model * BYTES[s.job.precision.exchange])
+        if way == "send" and s.job.execution.gate == "before" and "hierarchical" not in backend:
+            row += BYTES["float32"]
         if backend == "padded":
             return self._transfer(way, "all-to-all", s.buffer * row, flags)
         if backend == "ragged":

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, require_choice, require_positive
-from moe.model.execution import Execution
+from moe.model.execution import Execution, check_execution
 from moe.model.precision import Precision, check_gathered
 from moe.train.lora import check_frozen
 from moe.train.optimizer import OptimizerConfig
@@ -48,6 +48,7 @@ class Job:
         require_choice(self, "kind", get_args(Kind), area="job.")
         require_positive(self, "batch_size", "sequence_length", "microbatches", "virtual_stages", area="job.")
         check_gathered(self.precision, self.layout)
+        check_execution(self.execution, self.precision)
         if self.kind == "train":
             check_frozen(self.precision, self.lora, self.mesh.stage)
         elif self.lora is not None:

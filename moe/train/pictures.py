@@ -17,7 +17,7 @@ def draw_loss(records: list[Record], unigram_entropy: float | None, title: str) 
     axes = figure.add_subplot()
     steps, losses = _series(records, "loss")
     axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smoothed(losses), color=BLUE, label="training")
+    axes.plot(steps, smoothed(losses), color=BLUE, label="training")
     if (validation := _series(records, "validation_loss"))[0].size:
         axes.plot(*validation, "o-", color=ORANGE, markersize=4, linewidth=1, label="validation")
     if unigram_entropy is not None:
@@ -78,7 +78,7 @@ def _series(records: list[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Means over a window around each step, a thirtieth of the run wide; at the ends over what there is of it."""
     window = np.ones(1 + 2 * (len(values) // 60))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -53,7 +53,15 @@ _TRANSPORTS: dict[str, LayRoute] = {
 
 
 def make_exchange(
-    name: str, axis: Axis, num_devices: int, node_size: int, num_buckets: int, limit: int, wire: WireFormat
+    name: str,
+    axis: Axis,
+    num_devices: int,
+    node_size: int,
+    num_buckets: int,
+    limit: int,
+    wire: WireFormat,
+    *,
+    weighs_before: bool = False,
 ) -> Exchange:
     """
     Args:
@@ -64,6 +72,8 @@ def make_exchange(
         num_buckets: E, a multiple of P.
         limit: no bucket counts more rows than this on any one device.
         wire: format of the rows while they travel. Those of a group of one device stay, and keep theirs.
+        weighs_before: whether results are multiplied by their weights before `bring_back` (`Arrived.gates_S`), for
+            which the weights travel with the rows.
 
     Raises:
         ValueError: there is no backend or format of that name.
@@ -73,17 +83,17 @@ def make_exchange(
     if name not in BACKENDS:
         raise ValueError(f"execution.exchange={name!r}: give one of {', '.join(BACKENDS)}")
     if name in _FLAT or num_devices == 1:
-        return _flat(name, whole(axis, num_devices, node_size), num_buckets, limit, wire)
+        return _flat(name, whole(axis, num_devices, node_size), num_buckets, limit, wire, weighs_before)
     rail, inside = along_rail(axis, num_devices, node_size), inside_node(axis, num_devices, node_size)
     # What a device holds after a step came from all members, from each with at most the limit before it.
-    on_device = _flat(name, whole(axis, 1, 1), num_buckets // num_devices, limit * num_devices, wire)
+    on_device = _flat(name, whole(axis, 1, 1), num_buckets // num_devices, limit * num_devices, wire, weighs_before)
     buckets, most = num_buckets // rail.size, limit * rail.size
     within = Stepwise(_transport(name, inside), inside, on_device, buckets, most, _on(inside, wire))
     return Stepwise(_transport(name, rail), rail, within, num_buckets, limit, _on(rail, wire))
 
 
-def _flat(name: str, group: Group, num_buckets: int, limit: int, wire: WireFormat) -> Flat:
-    return Flat(_transport(name, group), group, num_buckets, limit, _on(group, wire))
+def _flat(name: str, group: Group, num_buckets: int, limit: int, wire: WireFormat, weighs_before: bool) -> Flat:
+    return Flat(_transport(name, group), group, num_buckets, limit, _on(group, wire), weighs_before)
 
 
 def _transport(name: str, group: Group) -> LayRoute:

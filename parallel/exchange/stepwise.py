@@ -17,7 +17,7 @@ from parallel.exchange.flat import Arrived, Flat
 from parallel.exchange.group import Group
 from parallel.exchange.route import LayRoute
 from parallel.exchange.wire import WireFormat, bytes_of_row
-from parallel.sort_rows import rows_of_tokens, sort_rows, tokens_of_rows
+from parallel.sort_rows import rows_of_tokens, sort_rows, sum_of_rows
 
 LARGEST_EXACT = 2**24
 """Up to here float32 holds every whole number."""
@@ -74,7 +74,7 @@ class Stepwise:
         with jax.named_scope("exchange"):
             y_RD = routes.bring_back(y_GD, route, self.wire)
         with jax.named_scope("combine"):
-            return tokens_of_rows(y_RD, jnp.ones(order.row_AK.shape, jnp.float32), order)
+            return sum_of_rows(y_RD, order)
 
 
 def distinct(members_AK: jax.Array, num_members: int) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moe.ops.attention.chunked import chunked_attention
 from moe.ops.attention.cudnn import cudnn_attention
@@ -26,9 +27,10 @@ def attention(
     segments_BT: jax.Array | None = None,
     segments_BS: jax.Array | None = None,
     causal: bool = True,
+    softmax: DTypeLike = jnp.float32,
     backend: Backend = "auto",
 ) -> jax.Array:
-    """softmax(q · k / sqrt(H)) · v over the keys a query may see; softmax in float32.
+    """softmax(q · k / sqrt(H)) · v over the keys a query may see; its sums in float32.
 
     Query head n uses key-value head n // (N/M) (grouped-query attention, arXiv 2305.13245). A query sees the keys of
     its own document, and with `causal` none behind its own place. One that sees no key, such as padding, gives zeros
@@ -40,6 +42,7 @@ def attention(
             of decoding passes the slot it has just written.
         segments_BT, segments_BS: i32, the document of each query and key, 0 for padding and for a cache's empty
             slots. None where all belong to one document; both or neither.
+        softmax: format of the scores where all are held, by "dense"; the others have only float32.
         backend: "dense" holds all scores; "chunked" holds a block of them, and computes them again in the backward
             pass; "cudnn" is the vendor's flash attention, on NVIDIA GPUs; "auto" takes the fastest for the platform.
 
@@ -56,10 +59,15 @@ def attention(
         backend = "cudnn" if platform() == "gpu" else _fastest_on_cpu(scores)
     if backend not in _BACKENDS:
         raise ValueError(f"execution.attention={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](q_BTNH, k_BSMH, v_BSMH, view)
+    if backend == "dense":
+        return dense_attention(q_BTNH, k_BSMH, v_BSMH, view, softmax)
+    if jnp.dtype(softmax) != jnp.float32:
+        raise ValueError(f"precision.softmax={softmax!r} with execution.attention={backend!r}: only 'dense' has it")
+    return _IN_FLOAT32[backend](q_BTNH, k_BSMH, v_BSMH, view)
 
 
-_BACKENDS = {"dense": dense_attention, "chunked": chunked_attention, "cudnn": cudnn_attention}
+_IN_FLOAT32 = {"chunked": chunked_attention, "cudnn": cudnn_attention}
+_BACKENDS = ("dense", *_IN_FLOAT32)
 
 
 def _fastest_on_cpu(scores_per_head: int) -> Backend:

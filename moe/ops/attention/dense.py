@@ -2,21 +2,25 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moe.ops.attention.view import View
 
 
-def dense_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
-    """See `moe.ops.attention.attention`. Holds f32 scores of B·N·T·S; key-value heads are not repeated."""
+def dense_attention(
+    q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View, softmax: DTypeLike = jnp.float32
+) -> jax.Array:
+    """See `moe.ops.attention.attention`. Holds B·N·T·S scores in the softmax's format, and key-value heads are not
+    repeated."""
     B, T, N, H = q_BTNH.shape
     M = k_BSMH.shape[2]
     q_BTMGH = q_BTNH.reshape(B, T, M, N // M, H)
-    scores_BMGTS = jnp.einsum("BTMGH,BSMH->BMGTS", q_BTMGH, k_BSMH, preferred_element_type=jnp.float32) * H**-0.5
+    scores_BMGTS = jnp.einsum("BTMGH,BSMH->BMGTS", q_BTMGH, k_BSMH, preferred_element_type=softmax) * H**-0.5
     allowed_B11TS = view.mask()[:, None, None]
     # exp of a hidden score is replaced, not only its argument: a row without any visible key must sum to exactly 0.
-    scores_BMGTS = jnp.where(allowed_B11TS, scores_BMGTS, jnp.finfo(jnp.float32).min)
+    scores_BMGTS = jnp.where(allowed_B11TS, scores_BMGTS, jnp.finfo(softmax).min)
     largest_BMGT1 = jax.lax.stop_gradient(scores_BMGTS.max(-1, keepdims=True))
     weights_BMGTS = jnp.where(allowed_B11TS, jnp.exp(scores_BMGTS - largest_BMGT1), 0)
-    total_BMGT1 = weights_BMGTS.sum(-1, keepdims=True)
+    total_BMGT1 = weights_BMGTS.sum(-1, keepdims=True, dtype=jnp.float32).astype(softmax)
     weights_BMGTS = (weights_BMGTS / jnp.where(total_BMGT1 == 0, 1, total_BMGT1)).astype(q_BTNH.dtype)
     return jnp.einsum("BMGTS,BSMH->BTMGH", weights_BMGTS, v_BSMH).reshape(B, T, N, H)
