@@ -1,4 +1,4 @@
-"""Products in 8 bits, told anew in numpy: a table of the format's numbers, a key for each value's scale, float64 sums."""
+"""Products in 8 bits, told anew in numpy: a table of numbers, a key for each value's scale, float64 sums."""
 
 import math
 from itertools import product
@@ -54,7 +54,8 @@ def rounded(x: np.ndarray, format: str, keys: np.ndarray | int) -> np.ndarray:
 
 
 def keys(shape: tuple[int, ...], own: str, out: str, scaling: str, weight: bool) -> np.ndarray | int:
-    """A number for each value, the same where a scale is shared: of an operand with axes `own` in a product to `out`."""
+    """A number for each value, the same where a scale is shared: of an operand with axes `own` in a product to axes
+    `out`."""
     if scaling == "tensor":
         return 0
     summed = [letter for letter in own if letter not in out]

@@ -1,4 +1,4 @@
-"""What every recipe owes, dense and grouped, on every backend: the oracle's values, gradients, padding, what is refused."""
+"""What every recipe owes, dense and grouped, on every backend."""
 
 from functools import cache
 
@@ -117,9 +117,12 @@ def test_bfloat16_in_bfloat16_out():
         (lambda: Recipe("fp8", "channel"), "scaling='channel': give one of tensor, delayed, row, block"),
         (lambda: scaled_einsum("BTD,DF->BF", *OPERANDS, ROW), "exactly two of the two operands and the result"),
         (lambda: scaled_einsum("BTD,DF->BTF", OPERANDS[0], OPERANDS[1].astype(jnp.bfloat16), ROW), "cast both"),
-        (lambda: scaled_einsum("BTD,DF->BTF", *OPERANDS, ROW, new_history()), "a history is given with \"delayed\""),
+        (lambda: scaled_einsum("BTD,DF->BTF", *OPERANDS, ROW, new_history()), 'a history is given with "delayed"'),
         (lambda: scaled_einsum("BTD,DF->BTF", *OPERANDS, Recipe("int8", "delayed")), "a history is given"),
-        (lambda: scaled_grouped_matmul(*GROUPED, ROW, backend="ragged"), "in 8 bits give 'auto', 'blocked' or 'triton'"),
+        (
+            lambda: scaled_grouped_matmul(*GROUPED, ROW, backend="ragged"),
+            "in 8 bits give 'auto', 'blocked' or 'triton'",
+        ),
         (lambda: scaled_grouped_matmul(*GROUPED, ROW, backend="triton"), "needs an NVIDIA GPU, this is cpu"),
     ],
 )
