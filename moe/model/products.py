@@ -10,11 +10,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.model.parameter import as_kept, used
 from moe.model.precision import Precision
-from moe.ops.scaled import Recipe, frozen_einsum, new_history, scaled_einsum
+from moe.ops.scaled import Recipe, Split, frozen_einsum, new_history, scaled_einsum
 from parallel.layout import Layout
 
 SCALED_PRODUCT = "scaled_product"
@@ -49,14 +50,25 @@ class Products(nnx.Module):
         return self.histories[name][...] if name in self.histories else None
 
 
-def product(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe | None, history: jax.Array | None) -> jax.Array:
-    """The einsum of an activation and a weight, in x's format."""
+def product(
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    recipe: Recipe | None,
+    history: jax.Array | None,
+    split: Split = (),
+) -> jax.Array:
+    """The einsum of an activation and a weight, in x's format.
+
+    Args:
+        split: inside `jax.shard_map`, by which mesh axes each axis is split.
+    """
     if recipe is None:
         return recorded(jnp.einsum(spec, x, w), x, w, history)
     if recipe.scaling == "delayed":
-        y = scaled_einsum(spec, x, w, recipe, history)
+        y = scaled_einsum(spec, x, w, recipe, history, split=split)
     else:
-        y = recorded(scaled_einsum(spec, x, w, recipe), x, w, history)
+        y = recorded(scaled_einsum(spec, x, w, recipe, split=split), x, w, history)
     return checkpoint_name(y, SCALED_PRODUCT)
 
 
@@ -89,6 +101,12 @@ def _backward(saved, dy):
 
 
 _recorded.defvjp(_forward, _backward)
+
+
+def split_of(axes: str, spec: PartitionSpec) -> Split:
+    """What `spec` says of an array with these axes."""
+    names = ((names,) if isinstance(names, str) else tuple(names or ()) for names in spec)
+    return tuple((axis, each) for axis, each in zip(axes, names, strict=False) if each)
 
 
 def largest(x: jax.Array) -> jax.Array:

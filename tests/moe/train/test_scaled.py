@@ -1,5 +1,6 @@
 """Training with products in 8 bits."""
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -7,16 +8,18 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
-from moe.model.precision import Precision
+from moe.model.precision import FULL, Precision
 from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
-from moe.train.step import make_train_step
+from moe.train.step import make_train_step, place_batch
 from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.mesh import MeshConfig, make_mesh
 
 B, T = 16, 16
 # A dense layer, and one with experts.
@@ -86,3 +89,37 @@ def test_every_product_with_a_weight_is_in_8_bits_and_no_other(scaling):
 
 def test_no_product_is_in_8_bits_by_default():
     assert products(Precision()) == ({}, WITH_WEIGHTS | OTHERS)
+
+
+def one_step(precision: Precision, mesh: MeshConfig | None = None, microbatches: int = 1, **execution):
+    """The loss, the gradients and the next histories of a first step."""
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    blueprint = blueprint_of(precision, layout, **execution)
+    # Keeps the gradients as its state, and moves nothing.
+    blueprint = dataclasses.replace(blueprint, optimizer=optax.chain(optax.trace(decay=0.0), optax.scale(0.0)))
+    state, batch = blueprint.create_state(seed=0), place_batch(batch_of(), layout)
+    step = make_train_step(blueprint, seed=0, loss_chunk=T, microbatches=microbatches)
+    # Compiling is what takes the time here.
+    step = step.lower(state, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+    state, metrics = step(state, batch)
+    return jax.tree.map(np.asarray, (metrics.loss, state.opt_state[0].trace, state.histories))
+
+
+def away(found, expected) -> float:
+    """The largest relative distance of a gradient, in the norm."""
+    distances = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), found, expected)
+    return max(jax.tree.leaves(distances))
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "row", "delayed"])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=2, tensor=4)], ids=str)
+def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, scaling):
+    precision = dataclasses.replace(FULL, matmuls="int8", scaling=scaling)
+    loss, gradients, histories = one_step(precision, mesh)
+    loss1, gradients1, histories1 = one_step(precision)
+    print(loss, loss1, {k: (a, b) for k, a, b in []}, away(gradients, gradients1))
+    print(jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradients, gradients1))
+    print(
+        jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), histories, histories1))
+    )
+    assert 0
