@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import BYTES, Sizes
+from moe.planner.sizes import Sizes
 from moe.planner.work import Transfer, TransferKind
+from parallel.exchange.wire import bytes_of_row
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RowExchange:
 
     def _whole(self, way: str, flags: dict[str, Any]) -> Transfer:
         s, backend = self.sizes, self.sizes.job.execution.exchange
-        row = float(s.model.d_model * BYTES[s.job.precision.exchange])
+        row = float(bytes_of_row(s.model.d_model, s.job.precision.exchange))
         if way == "send" and s.job.execution.gate == "before" and "hierarchical" not in backend:
             row += BYTES["float32"]
         if backend == "padded":
