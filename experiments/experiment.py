@@ -75,7 +75,7 @@ class Experiment:
         self._check_batch()
         self._check_pipeline()
         self._check_sharding()
-        check_optimizer(self.optimizer, self.precision)
+        check_optimizer(self.optimizer, self.precision, self.layout)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} with training.steps={self.training.steps}: "
