@@ -76,7 +76,7 @@ class Experiment:
         self._check_batch()
         self._check_pipeline()
         self._check_sharding()
-        check_optimizer(self.optimizer, self.precision)
+        check_optimizer(self.optimizer, self.precision, self.layout)
         check_gathered(self.precision, self.layout)
         check_execution(self.execution, self.precision)
         if self.optimizer.warmup_steps >= self.training.steps:

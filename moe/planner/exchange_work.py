@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import Sizes
+from moe.planner.sizes import BYTES, Sizes
 from moe.planner.work import Transfer, TransferKind
 from parallel.exchange.wire import bytes_of_row
 

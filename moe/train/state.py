@@ -173,12 +173,12 @@ def make_blueprint(
     Raises:
         ConfigError: settings that do not work together.
     """
-    check_optimizer(optimizer, precision)
+    check_optimizer(optimizer, precision, layout.config)
     check_frozen(precision, lora, layout.stages)
     check_gathered(precision, layout.config)
     model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
-    transformation, learning_rate = make_optimizer(optimizer, specs, steps)
+    transformation, learning_rate = make_optimizer(optimizer, specs, steps, layout, precision.compute_dtype)
     return Blueprint(
         config,
         precision,

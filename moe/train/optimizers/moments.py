@@ -146,26 +146,33 @@ def dynamic_map(signed: bool) -> np.ndarray:
     return np.sort(np.array(numbers)).astype(np.float32)
 
 
-def zero_moments(formats: Any, params: Any, *, signed: bool) -> Any:
-    """Moments of a run's beginning, in a tree like the parameters'."""
-
-    def zeros(format: MomentFormat, parameter: jax.Array) -> jax.Array | Blocks:
-        return encoded(jnp.zeros(parameter.shape, jnp.float32), format, signed=signed)
-
-    return by_format(zeros, formats, params)
+def all_encoded(formats: Any, tree: Any, signed: bool) -> Any:
+    """`encoded` of a tree of moments. formats: a MomentFormat for each part of it."""
+    return by_leaf(lambda format, x: encoded(x, format, signed=signed), formats, tree)
 
 
-def by_format(change: Callable, formats: Any, tree: Any, *others: Any) -> Any:
-    """`change` of the format of each array of `tree`, the array, and what the other trees have in its place.
+def all_decoded(kept: Any, signed: bool) -> Any:
+    """The inverse, but for rounding."""
+    return jax.tree.map(lambda x: decoded(x, signed=signed), kept, is_leaf=lambda x: isinstance(x, Blocks))
+
+
+def widened(tree: Any) -> Any:
+    """In float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def by_leaf(change: Callable, about: Any, tree: Any, *others: Any) -> Any:
+    """`change` of what is known of each array of `tree`, such as its format, of the array, and of what the other trees
+    have in its place.
 
     Args:
-        formats: a MomentFormat for each part of `tree`; parts that Optax has masked out stay so.
+        about: one leaf for each part of `tree`; parts that Optax has masked out stay so.
     """
 
-    def of(format: MomentFormat, part: Any, *rest: Any) -> Any:
-        return jax.tree.map(partial(change, format), part, *rest)
+    def of(known: Any, part: Any, *rest: Any) -> Any:
+        return jax.tree.map(partial(change, known), part, *rest)
 
-    return jax.tree.map(of, formats, tree, *others)
+    return jax.tree.map(of, about, tree, *others)
 
 
 def parted(kind: type[Any], tree: Any) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe.train.optimizers.moments import widened
+
 Rounding = Literal["nearest", "stochastic", "kahan"]
 
 
@@ -36,11 +38,11 @@ def with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTr
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MasterWeights:
-        master = _widened(params)
+        master = widened(params)
         return MasterWeights(master, inner.init(master))
 
     def update(gradients: Any, state: MasterWeights, params: Any, **told: Any):
-        updates, inner_state = inner.update(_widened(gradients), state.inner, state.master, **told)
+        updates, inner_state = inner.update(widened(gradients), state.inner, state.master, **told)
         master = optax.apply_updates(state.master, updates)
         rounded = jax.tree.map(lambda p, m: m.astype(p.dtype), params, master)
         return _leading_to(rounded, params), MasterWeights(master, inner_state)
@@ -56,8 +58,8 @@ def with_kahan_compensation(inner: optax.GradientTransformation) -> optax.Gradie
         return Compensated(jax.tree.map(jnp.zeros_like, params), inner.init(params))
 
     def update(gradients: Any, state: Compensated, params: Any, **told: Any):
-        wide = _widened(params)
-        updates, inner_state = inner.update(_widened(gradients), state.inner, wide, **told)
+        wide = widened(params)
+        updates, inner_state = inner.update(widened(gradients), state.inner, wide, **told)
         wanted = jax.tree.map(lambda u, c: u - c.astype(jnp.float32), updates, state.compensation)
         rounded = jax.tree.map(lambda p, wide, y: (wide + y).astype(p.dtype), params, wide, wanted)
         taken = _leading_to(rounded, params)
@@ -83,8 +85,8 @@ def with_stochastic_rounding(
     numbers = jax.tree.unflatten(structure, range(len(places)))
 
     def update(gradients: Any, state: Any, params: Any, *, key: jax.Array, layer: jax.Array | None = None, **told: Any):
-        wide = _widened(params)
-        updates, state = inner.update(_widened(gradients), state, wide, **told)
+        wide = widened(params)
+        updates, state = inner.update(widened(gradients), state, wide, **told)
 
         def rounded(number: int, in_layers: bool, wide: Any, updates: Any) -> Any:
             own = jax.random.fold_in(key, number)
@@ -118,10 +120,6 @@ def _bits(key: jax.Array, shape: tuple[int, ...], stacked: bool, layer: jax.Arra
     if layer is not None:
         return of_layer(layer, shape)
     return jax.vmap(lambda place: of_layer(place, shape[1:]))(jnp.arange(shape[0]))
-
-
-def _widened(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _leading_to(wanted: Any, params: Any) -> Any:
