@@ -1,6 +1,6 @@
-"""What serving in fewer bits saves and costs, of a model that was trained here: python -m benchmarks.quantized_serving RUN
+"""What serving in fewer bits saves and costs: python -m benchmarks.quantized_serving RUN
 
-For each way to keep weights, cache and activations: bytes, decoded tokens a second, perplexity on the run's held-out
+Of a model that was trained here, for each way to keep weights, cache and activations: bytes, decoded tokens a second, perplexity on the run's held-out
 text, and the share of the routers' choices that changed, all against bfloat16. Texts go through the cache, as served.
 """
 
