@@ -1,7 +1,8 @@
 """What serving in fewer bits saves and costs: python -m benchmarks.quantized_serving RUN
 
-Of a model that was trained here, for each way to keep weights, cache and activations: bytes, decoded tokens a second, perplexity on the run's held-out
-text, and the share of the routers' choices that changed, all against bfloat16. Texts go through the cache, as served.
+Of a model that was trained here, for each way to keep weights, cache and activations: bytes, speed, perplexity on the
+run's held-out text, and the share of the routers' choices that changed, against bfloat16. Texts go through the cache,
+as served.
 """
 
 import argparse
@@ -183,7 +184,7 @@ def measure(run: Path, batches: int, repeats: int, steps: int, tell: Callable[[s
             size = sum(x.nbytes for x in jax.tree.leaves(model.weights.params))
             found.append(Found(way.name, size, speed.engine.bytes_per_token, loss, share, [], []))
             speeds[way.name] = speed
-            tell(f"{way.name}: loss {loss:.5f}")
+            tell(f"{way.name}: loss {loss:.5f}, {share:.2%} of choices changed")
     for _ in range(repeats):
         for what in ("prefill", "decode"):
             turn = {name: getattr(speed, what)() for name, speed in speeds.items()}
