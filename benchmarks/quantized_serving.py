@@ -165,26 +165,30 @@ class Speed:
         return seconds_of(lambda: [self.engine.step() for _ in range(self.steps)])
 
 
+def _opened(way: Way, folder: Path) -> HunyuanMoE:
+    formats: Any = {"weights": way.weights, "activations": way.activations, "cache": way.cache}
+    return HunyuanMoE.from_hf(folder, compute="bfloat16", **formats)
+
+
 def measure(run: Path, batches: int, repeats: int, steps: int, tell: Callable[[str], object]) -> list[Found]:
     """All ways, bfloat16 first."""
     data = run_data(run)
     texts = held_out(data, batches)
     found: list[Found] = []
-    speeds: dict[str, Speed] = {}
     choices: list[list[jax.Array]] = []
     with checkpoints(run, data, batches) as (wide, gptq, told):
         tell("\n".join(told))
-        for way in WAYS:
-            formats = {"weights": way.weights, "activations": way.activations, "cache": way.cache}
-            model = HunyuanMoE.from_hf(gptq if way.calibrated else wide, compute="bfloat16", **formats)
-            loss, chosen = judged(model, texts)
-            choices = choices or chosen
-            speed = Speed(model, steps)
-            share = changed(chosen, choices, model.weights.config.num_experts)
-            size = sum(x.nbytes for x in jax.tree.leaves(model.weights.params))
-            found.append(Found(way.name, size, speed.engine.bytes_per_token, loss, share, [], []))
-            speeds[way.name] = speed
-            tell(f"{way.name}: loss {loss:.5f}, {share:.2%} of choices changed")
+        models = {way.name: _opened(way, gptq if way.calibrated else wide) for way in WAYS}
+    for name, model in models.items():
+        loss, chosen = judged(model, texts)
+        choices = choices or chosen
+        share = changed(chosen, choices, model.weights.config.num_experts)
+        size = sum(x.nbytes for x in jax.tree.leaves(model.weights.params))
+        found.append(Found(name, size, 0, loss, share, [], []))
+        tell(f"{name}: {size / 1e6:.2f} MB, loss {loss:.5f}, {share:.2%} of choices changed")
+    speeds = {name: Speed(model, steps) for name, model in models.items()}
+    for each in found:
+        each.cache_bytes = speeds[each.name].engine.bytes_per_token
     for _ in range(repeats):
         for what in ("prefill", "decode"):
             turn = {name: getattr(speed, what)() for name, speed in speeds.items()}
