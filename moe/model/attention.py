@@ -11,8 +11,9 @@ from moe.model.adapter import Adapter, LoraConfig, Projection
 from moe.model.cache import GroupCache
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import matrix, norm_scale, used
+from moe.model.parameter import matrix, norm_scale
 from moe.model.precision import Precision
+from moe.model.products import Products
 from moe.ops.attention import attention
 from moe.ops.attention.ring import ring_attention
 from moe.ops.norm import rms_norm
@@ -67,6 +68,7 @@ class Attention(nnx.Module):
         if projects_kv:
             self.w_k_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
             self.w_v_DMH = matrix("DMH", (D, M, H), "attention", std, precision, rngs)
+        self.products = Products(precision, ("q", "k", "v", "o") if projects_kv else ("q", "o"))
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             self.q_norm_H = norm_scale("H", H, precision)
@@ -110,7 +112,7 @@ class Attention(nnx.Module):
         else:
             y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
         y_BTNH = layout.constrain(y_BTNH, "BTNH")
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, used(self.w_o_NHD, self.dtype, layout))
+        y_BTD = self.products("o", "BTNH,NHD->BTD", y_BTNH, self.w_o_NHD, layout)
         return layout.constrain(self._adapted(Projection.o, y_BTNH, y_BTD, layout, key), "BTD"), kv
 
     def _adapted(
@@ -164,7 +166,7 @@ class Attention(nnx.Module):
         return ring(q_BTNH, kv.k_BSMH, kv.v_BSMH, sight.segments_BT)
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout, key: jax.Array | None) -> jax.Array:
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, used(self.w_q_DNH, self.dtype, layout))
+        q_BTNH = self.products("q", "BTD,DNH->BTNH", x_BTD, self.w_q_DNH, layout)
         q_BTNH = layout.constrain(self._adapted(Projection.q, x_BTD, q_BTNH, layout, key), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
@@ -176,7 +178,8 @@ class Attention(nnx.Module):
 
     def _project_kv(self, x_BTD: jax.Array, sight: Sight, layout: Layout, key: jax.Array | None) -> SharedKeyValue:
         k_BTMH, v_BTMH = (
-            jnp.einsum("BTD,DMH->BTMH", x_BTD, used(w, self.dtype, layout)) for w in (self.w_k_DMH, self.w_v_DMH)
+            self.products(name, "BTD,DMH->BTMH", x_BTD, w, layout)
+            for name, w in (("k", self.w_k_DMH), ("v", self.w_v_DMH))
         )
         k_BTMH, v_BTMH = (
             layout.constrain(self._adapted(which, x_BTD, y_BTMH, layout, key), "BTMH")

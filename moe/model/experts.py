@@ -3,24 +3,31 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import matrix, used
 from moe.model.precision import Precision
+from moe.model.products import Products, recorded, spread
 from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.scaled import Recipe, scaled_grouped_matmul
 from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
 
 class ExpertWeights(NamedTuple):
     """One layer's experts in the compute format: w_gate_EDF, w_up_EDF, w_down_EFD. Inside `jax.shard_map` E are this
-    device's own, and F its part of their width."""
+    device's own, and F its part of their width.
+
+    histories: of the three products, each as often as there are devices; empty where they have none.
+    """
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
     down_EFD: jax.Array
+    histories: dict[str, jax.Array]
 
 
 class Experts(nnx.Module):
@@ -28,6 +35,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         self.dtype = precision.compute_dtype
+        self.products = Products(precision, ("gate", "up", "down"))
         E, D, F = config.num_experts, config.d_model, config.d_expert
         self.w_gate_EDF = matrix("EDF", (E, D, F), "expert", config.init_std, precision, rngs)
         self.w_up_EDF = matrix("EDF", (E, D, F), "expert", config.init_std, precision, rngs)
@@ -35,12 +43,22 @@ class Experts(nnx.Module):
 
     def weights(self, layout: Layout) -> ExpertWeights:
         """The weights as used: each device holds its own experts, or its part of their width."""
-        return ExpertWeights(*(used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)))
+        devices = 1 if layout.mesh is None else layout.mesh.size
+        return ExpertWeights(
+            *(used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)),
+            {name: spread(history[...], devices) for name, history in self.products.histories.items()},
+        )
 
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
         specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
-        return ExpertWeights(*specs)
+        return ExpertWeights(*specs, dict.fromkeys(self.products.histories, layout.each_device().spec))
+
+
+def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
+    """A device's weights for each part of its rows."""
+    histories = {name: spread(history[0], chunks) for name, history in weights.histories.items()}
+    return [weights._replace(histories=jax.tree.map(lambda h, i=i: h[i], histories)) for i in range(chunks)]
 
 
 def apply_experts(
@@ -48,18 +66,31 @@ def apply_experts(
     counts_E: jax.Array,
     weights: ExpertWeights,
     execution: Execution,
+    recipe: Recipe | None,
     gates_R: jax.Array | None = None,
 ) -> jax.Array:
     """Applies expert e to the next counts_E[e] rows.
 
     Args:
+        weights: of one part of the rows, as `by_chunk` gives them.
+        recipe: of products in 8 bits.
         gates_R: f32, by which each row's output is multiplied; None for 1.
 
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows.
     """
+
+    owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
+
+    def product(name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        history, backend = weights.histories.get(name), execution.grouped_matmul
+        if recipe is None:
+            return recorded(grouped_matmul(x, w, counts_E, backend=backend), x, w, history, owned_R1)
+        if recipe.scaling == "delayed":
+            return scaled_grouped_matmul(x, w, counts_E, recipe, history, backend=backend)
+        return recorded(scaled_grouped_matmul(x, w, counts_E, recipe, backend=backend), x, w, history, owned_R1)
+
     with jax.named_scope("experts"):
-        gate_RF = grouped_matmul(rows_RD, weights.gate_EDF, counts_E, backend=execution.grouped_matmul)
-        up_RF = grouped_matmul(rows_RD, weights.up_EDF, counts_E, backend=execution.grouped_matmul)
-        hidden_RF = swiglu(gate_RF, up_RF, gates_R)
-        return grouped_matmul(hidden_RF, weights.down_EFD, counts_E, backend=execution.grouped_matmul)
+        gate_RF = product("gate", rows_RD, weights.gate_EDF)
+        up_RF = product("up", rows_RD, weights.up_EDF)
+        return product("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD)

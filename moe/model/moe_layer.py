@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe.model.config import ConfigError, ModelConfig, RouterConfig, divisors
 from moe.model.execution import Execution
-from moe.model.experts import Experts, ExpertWeights, apply_experts
+from moe.model.experts import Experts, ExpertWeights, apply_experts, by_chunk
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
@@ -105,6 +105,7 @@ class MoELayer(nnx.Module):
         # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
         # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
+        recipe = self.precision.recipe
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             if splits_width:
@@ -120,9 +121,9 @@ class MoELayer(nnx.Module):
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
             y_CAD = [
                 exchange.bring_back(
-                    apply_experts(each.rows_SD, each.counts_E, weights, self.execution, each.gates_S), each
+                    apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe, each.gates_S), each
                 )
-                for each in arrived
+                for each, own in zip(arrived, by_chunk(weights, chunks), strict=True)
             ]
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))

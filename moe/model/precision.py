@@ -1,6 +1,6 @@
 """Which number format each kind of tensor has: one policy, read by every module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ from jax.typing import DTypeLike
 
 from moe.model.config import ConfigError
 from moe.ops.quantize import Quantized
+from moe.ops.scaled import Format as Scaled
+from moe.ops.scaled import Recipe, Scaling
 from parallel.blocks import EIGHT_BIT, EightBit
 from parallel.exchange.wire import WIRE_FORMATS, WireFormat
 from parallel.layout import LayoutConfig
@@ -43,6 +45,12 @@ class Precision:
         dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
         they are stored and widened for their one use. In training set execution.remat as well: what is not computed
         again in the backward pass is kept wide.
+    matmuls: in which the products with the weights of attention, experts, dense layers and the head are computed in
+        training, forward and both backward ones (moe/ops/scaled); None in `compute`. Weights and activations between
+        the products keep their formats, and the products with adapters and routers theirs.
+    scaling: of what is brought into that format: by one scale a tensor, from its present largest magnitude ("tensor")
+        or from those of past steps ("delayed"), by one a row of activations and a column of weights ("row"), or by one
+        a block of 128 ("block").
     """
 
     parameters: Format = "float32"
@@ -53,6 +61,8 @@ class Precision:
     exchange: WireFormat = "bfloat16"
     gathered: EightBit | None = None
     frozen: Format | Quantized | None = None
+    matmuls: Scaled | None = None
+    scaling: Scaling = "tensor"
 
     def __post_init__(self) -> None:
         for name in ("parameters", "compute", "router", "softmax", "gradients"):
@@ -68,8 +78,22 @@ class Precision:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
         if self.gathered and self.quantized:
             raise ConfigError(
-                f"precision.gathered={self.gathered!r} with precision.frozen={self.frozen!r}: matrices travel as they are "
-                "stored; leave gathered at none, or set frozen='bfloat16'"
+                f"precision.gathered={self.gathered!r} with precision.frozen={self.frozen!r}: matrices travel as they "
+                "are stored; leave gathered at none, or set frozen='bfloat16'"
+            )
+        if self.matmuls is not None and self.matmuls not in get_args(Scaled):
+            raise ConfigError(f"precision.matmuls={self.matmuls!r}: give one of {', '.join(get_args(Scaled))}, or none")
+        if self.scaling not in get_args(Scaling):
+            raise ConfigError(f"precision.scaling={self.scaling!r}: give one of {', '.join(get_args(Scaling))}")
+        if self.scaling != "tensor" and self.matmuls is None:
+            raise ConfigError(
+                f"precision.scaling={self.scaling!r} with precision.matmuls=none: nothing is scaled; set "
+                "precision.matmuls='fp8' or 'int8', or scaling='tensor'"
+            )
+        if self.matmuls is not None and self.quantized is not None:
+            raise ConfigError(
+                f"precision.matmuls={self.matmuls!r} with precision.frozen={self.frozen!r}: the frozen matrices would "
+                "be rounded twice; set precision.frozen='bfloat16', or matmuls=none"
             )
 
     @property
@@ -80,6 +104,21 @@ class Precision:
     def quantized(self) -> Quantized | None:
         """The quantized format of frozen matrices, where they have one."""
         return next((format for format in get_args(Quantized) if format == self.frozen), None)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of products in 8 bits."""
+        return None if self.matmuls is None else Recipe(self.matmuls, self.scaling)
+
+    @property
+    def wide(self) -> "Precision":
+        """With all products in the compute format, as a model serves: a scale would make a text depend on others."""
+        return replace(self, matmuls=None, scaling="tensor")
+
+    @property
+    def delayed(self) -> bool:
+        """Whether products have histories, from which their scales come."""
+        return self.recipe is not None and self.scaling == "delayed"
 
     @property
     def stored_dtype(self) -> DTypeLike:

@@ -17,6 +17,7 @@ from moe.model.landing import land
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import matrix, norm_scale
 from moe.model.precision import Precision
+from moe.model.products import Products, product
 from moe.model.remat import rematerialise
 from moe.ops.norm import rms_norm
 from moe.ops.rope import rope_tables
@@ -57,6 +58,7 @@ class Transformer(nnx.Module):
         self.norm_D = norm_scale("D", config.d_model, precision)
         if not config.tie_embeddings:
             self.head_VD = matrix("VD", shape, "head", config.init_std, precision, rngs)
+        self.products = Products(precision, ("head",))
 
     def __call__(
         self,
@@ -159,7 +161,10 @@ class Transformer(nnx.Module):
         """logits_BTV f32 of all positions at once. Training uses moe.train.loss, which never holds them all."""
         with jax.named_scope("head"):
             w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
-            return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+            if self.products.recipe is None:
+                return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+            wide = (x.astype(jnp.float32) for x in (hidden_BTD, w_VD))
+            return product("BTD,VD->BTV", *wide, self.products.recipe, self.products.history("head"))
 
     def move_biases(self, load_LE: jax.Array) -> None:
         """Moves the routers' selection biases in place, for router.balance "bias".

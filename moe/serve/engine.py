@@ -42,7 +42,7 @@ class Weights(NamedTuple):
         router = replace(self.config.router, capacity_factor=None, overflow="drop")
         config = replace(self.config, router=router if self.config.has_moe else RouterConfig())
         return nnx.graphdef(
-            nnx.eval_shape(lambda: Transformer(config, self.precision, self.execution, rngs=nnx.Rngs(0)))
+            nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
 
     @classmethod

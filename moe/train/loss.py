@@ -1,14 +1,17 @@
 """Next-token cross-entropy in chunks: float32 logits exist for one chunk of positions at a time."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe.model.products import product
+from moe.ops.scaled import Recipe
 from parallel.layout import Layout
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
@@ -16,6 +19,8 @@ def cross_entropy_sum(
     weights_BT: jax.Array,
     chunk: int,
     layout: Layout,
+    recipe: Recipe | None = None,
+    history: jax.Array | None = None,
 ) -> jax.Array:
     """Σ weights · (logsumexp(logits) − logits[target]), f32[], in nats.
 
@@ -30,51 +35,65 @@ def cross_entropy_sum(
         targets_BT: i32.
         weights_BT: f32, 0 where there is nothing to predict.
         chunk: positions of each sequence whose logits exist at once.
+        recipe: of the products in 8 bits. A chunk has scales of its own.
+        history: of the head's product (moe/model/products.py).
     """
-    return _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, with_gradients=False)
+    return _cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, history, chunk, layout, recipe)
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout):
-    loss, dhidden_BTD, dhead_VD = _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, with_gradients=True)
-    return loss, (dhidden_BTD, dhead_VD.astype(head_VD.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, history, chunk, layout, recipe):
+    given = (hidden_BTD, head_VD, targets_BT, weights_BT, history)
+    return _walk(*given, chunk, layout, recipe, with_gradients=False)
 
 
-def _backward(chunk, layout, gradients, dloss):
-    dhidden_BTD, dhead_VD = gradients
-    return (dhidden_BTD * dloss).astype(dhidden_BTD.dtype), (dhead_VD * dloss).astype(dhead_VD.dtype), None, None
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, history, chunk, layout, recipe):
+    given = (hidden_BTD, head_VD, targets_BT, weights_BT, history)
+    loss, dhidden_BTD, dhead_VD, following = _walk(*given, chunk, layout, recipe, with_gradients=True)
+    return loss, (dhidden_BTD, dhead_VD.astype(head_VD.dtype), following)
 
 
-cross_entropy_sum.defvjp(_forward, _backward)
+def _backward(chunk, layout, recipe, gradients, dloss):
+    dhidden_BTD, dhead_VD, following = gradients
+    scaled = ((d * dloss).astype(d.dtype) for d in (dhidden_BTD, dhead_VD))
+    return *scaled, None, None, following
+
+
+_cross_entropy_sum.defvjp(_forward, _backward)
 
 
 @jax.named_scope("head")
-def _walk(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, layout, *, with_gradients):
+def _walk(hidden_BTD, head_VD, targets_BT, weights_BT, history, chunk, layout, recipe, *, with_gradients):
     layout = layout.for_length(hidden_BTD.shape[1])
     head_VD = layout.gather(head_VD.astype(hidden_BTD.dtype), "VD")
 
-    def on_each_device(hidden_BTD, head_VD, targets_BT, weights_BT):
+    def on_each_device(hidden_BTD, head_VD, targets_BT, weights_BT, history):
         hidden_BTD = layout.gather_sequence(hidden_BTD)
         chunks = _chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk), _chunks(weights_BT, chunk)
-        dhead_VD = jnp.zeros(head_VD.shape, jnp.float32) if with_gradients else None
-        (loss, dhead_VD), dhidden_CBTD = jax.lax.scan(
-            partial(_one_chunk, head_VD, layout), (jnp.zeros((), jnp.float32), dhead_VD), chunks
+        gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (head_VD, history))
+        head = _Head(head_VD, history, layout, recipe, with_gradients)
+        (loss, (dhead_VD, following)), dhidden_CBTD = jax.lax.scan(
+            head.one_chunk, (jnp.zeros((), jnp.float32), gradients if with_gradients else (None, None)), chunks
         )
         loss = layout.sum_over_batch(loss)
         if not with_gradients:
             return loss
         dhidden_BTD = jnp.moveaxis(dhidden_CBTD, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])
         dhidden_BTD = layout.sum_to_sequence(dhidden_BTD[:, : hidden_BTD.shape[1]])
-        return loss, dhidden_BTD, layout.sum_to_gradient(dhead_VD, "VD")
+        return loss, dhidden_BTD, layout.sum_to_gradient(dhead_VD, "VD"), _each(lambda h: h[None], following)
 
-    if layout.mesh is None:
-        return on_each_device(hidden_BTD, head_VD, targets_BT, weights_BT)
-    tokens, stream, whole = layout.activation_spec("BT"), layout.activation_spec("BTD"), layout.whole_spec
-    walk = layout.shard_map(
-        on_each_device,
-        (stream, layout.used_spec("VD"), tokens, tokens),
-        (whole, stream, layout.gradient_spec("VD")) if with_gradients else whole,
-    )
-    return walk(hidden_BTD, head_VD, targets_BT, weights_BT)
+    walk = on_each_device
+    if layout.mesh is not None:
+        tokens, stream, whole = layout.activation_spec("BT"), layout.activation_spec("BTD"), layout.whole_spec
+        taken = stream, layout.used_spec("VD"), tokens, tokens, whole
+        made = whole, stream, layout.gradient_spec("VD"), layout.each_device().spec
+        walk = layout.shard_map(on_each_device, taken, made if with_gradients else whole)
+    told = walk(hidden_BTD, head_VD, targets_BT, weights_BT, history)
+    return (*told[:3], _each(lambda h: h.max(0), told[3])) if with_gradients else told
+
+
+def _each(change: Callable[[jax.Array], jax.Array], history: jax.Array | None) -> jax.Array | None:
+    return None if history is None else change(history)
 
 
 def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
@@ -86,20 +105,45 @@ def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(padded.reshape(padded.shape[0], -1, chunk, *padded.shape[2:]), 1, 0)
 
 
-def _one_chunk(head_VD, layout, carry, chunk):
-    loss, dhead_VD = carry
-    hidden_BTD, targets_BT, weights_BT = chunk
-    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-    largest_BT = layout.max_over_tensor(logits_BTV.max(-1))
-    log_z_BT = largest_BT + jnp.log(layout.sum_over_tensor(jnp.exp(logits_BTV - largest_BT[..., None]).sum(-1)))
-    own_V = layout.first_over_tensor(head_VD.shape[0]) + jnp.arange(head_VD.shape[0])
-    is_target_BTV = targets_BT[..., None] == own_V
-    chosen_BT = layout.sum_over_tensor(jnp.where(is_target_BTV, logits_BTV, 0).sum(-1))
-    loss += (weights_BT * (log_z_BT - chosen_BT)).sum()
-    if dhead_VD is None:
-        return (loss, None), None
-    with jax.named_scope("backward"):
-        dlogits_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - is_target_BTV) * weights_BT[..., None]
-        dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)
-        dhead_VD += jnp.einsum("BTV,BTD->VD", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
-        return (loss, dhead_VD), jnp.einsum("BTV,VD->BTD", dlogits_BTV, head_VD)
+class _Head(NamedTuple):
+    """On one device."""
+
+    w_VD: jax.Array
+    history: jax.Array | None
+    layout: Layout
+    recipe: Recipe | None
+    with_gradients: bool
+
+    def one_chunk(self, carry, chunk):
+        """`jax.lax.scan`'s step: (the loss, (the weight's gradient, the next history)) so far, and dhidden_BTD."""
+        loss, gradients = carry
+        hidden_BTD, targets_BT, weights_BT = chunk
+        layout, own = self.layout, self.w_VD.shape[0]
+        logits_BTV, pull = self._logits(hidden_BTD)
+        largest_BT = layout.max_over_tensor(logits_BTV.max(-1))
+        log_z_BT = largest_BT + jnp.log(layout.sum_over_tensor(jnp.exp(logits_BTV - largest_BT[..., None]).sum(-1)))
+        is_target_BTV = targets_BT[..., None] == layout.first_over_tensor(own) + jnp.arange(own)
+        chosen_BT = layout.sum_over_tensor(jnp.where(is_target_BTV, logits_BTV, 0).sum(-1))
+        loss += (weights_BT * (log_z_BT - chosen_BT)).sum()
+        if not self.with_gradients:
+            return (loss, gradients), None
+        with jax.named_scope("backward"):
+            dlogits_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - is_target_BTV) * weights_BT[..., None]
+            dhidden_BTD, dhead_VD, following = pull(dlogits_BTV)
+            summed_VD, seen = gradients
+            seen = None if seen is None else jnp.maximum(seen, following)
+            return (loss, (summed_VD + dhead_VD, seen)), dhidden_BTD.astype(hidden_BTD.dtype)
+
+    def _logits(self, hidden_BTD: jax.Array) -> tuple[jax.Array, Callable]:
+        """logits_BTV f32, and what leads from their gradient to those of hidden, weight and history."""
+        if self.recipe is not None or self.history is not None:
+            multiply = partial(product, "BTD,VD->BTV", recipe=self.recipe)
+            wide = (x.astype(jnp.float32) for x in (hidden_BTD, self.w_VD))
+            return jax.vjp(lambda x, w, history: multiply(x, w, history=history), *wide, self.history)
+
+        def pull(dlogits_BTV):
+            dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)
+            dhead_VD = jnp.einsum("BTV,BTD->VD", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
+            return jnp.einsum("BTV,VD->BTD", dlogits_BTV, self.w_VD), dhead_VD, None
+
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, self.w_VD, preferred_element_type=jnp.float32), pull

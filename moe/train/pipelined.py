@@ -168,7 +168,8 @@ class _Stage(NamedTuple):
         norm_D = shared["norm_D"]
         head_VD = shared["embedding_VD" if self.blueprint.config.tie_embeddings else "head_VD"]
         hidden_BTD = rms_norm(own_BTD, norm_D.astype(own_BTD.dtype), self.blueprint.config.norm_eps)
-        return cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, self.loss_chunk, layout)
+        recipe = self.blueprint.precision.recipe
+        return cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, self.loss_chunk, layout, recipe)
 
     def settle(self, dweights: Any, dshared: Any) -> tuple[Any, Any]:
         specs = _parted(self.blueprint.specs, self.number)

@@ -14,6 +14,7 @@ from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import SelectionBias, is_spec, specs_of, stored
 from moe.model.precision import Precision, check_gathered
+from moe.model.products import MagnitudeHistory
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
@@ -29,6 +30,7 @@ class TrainState(NamedTuple):
     balance: the routers' selection biases as nested dicts; empty unless router.balance is "bias".
     opt_state: of the optimizer.
     frozen: parameters that are used and not trained, beneath LoRA; empty without. Checkpoints leave them out.
+    histories: of the products' largest magnitudes as nested dicts; empty unless precision.scaling is "delayed".
     """
 
     step: jax.Array
@@ -36,6 +38,7 @@ class TrainState(NamedTuple):
     balance: dict[str, Any]
     opt_state: optax.OptState
     frozen: dict[str, Any]
+    histories: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,18 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
 
-    def model(self, params: dict[str, Any], balance: dict[str, Any], frozen: dict[str, Any]) -> Transformer:
-        """The model with these parameters and selection biases."""
-        return nnx.merge(self.graph, params, balance, frozen)
+    def model(
+        self,
+        params: dict[str, Any],
+        balance: dict[str, Any],
+        frozen: dict[str, Any],
+        histories: dict[str, Any] | None = None,
+    ) -> Transformer:
+        """The model with these parameters, selection biases and, with delayed scaling, histories."""
+        return nnx.merge(self.graph, params, balance, frozen, histories or {})
+
+    def model_of(self, state: TrainState) -> Transformer:
+        return self.model(state.params, state.balance, state.frozen, state.histories)
 
     @property
     def model_specs(self) -> dict[str, Any]:
@@ -68,9 +80,9 @@ class Blueprint:
     def new_state(self, key: jax.Array) -> TrainState:
         """A fresh state from a key; plain, to be jitted by `create_state` or abstracted."""
         model = fresh_model(self.config, self.precision, self.execution, self.lora, key)
-        kinds = (trained(self.lora), SelectionBias, frozen(self.lora))
-        params, balance, base = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
-        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base)
+        kinds = (trained(self.lora), SelectionBias, frozen(self.lora), MagnitudeHistory)
+        params, balance, base, histories = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
+        return TrainState(jnp.zeros((), jnp.int32), params, balance, self._first_states(params), base, histories)
 
     def _first_states(self, params: dict[str, Any]) -> optax.OptState:
         if self.layout.config.optimizer_states == "host":
@@ -103,7 +115,8 @@ class Blueprint:
             transform_non_params=lambda _: whole,
         )
         base = stored(abstract.frozen, self.frozen_specs, self.layout)
-        return TrainState(whole, params, jax.tree.map(lambda _: whole, abstract.balance), opt_state, base)
+        balance, histories = jax.tree.map(lambda _: whole, (abstract.balance, abstract.histories))
+        return TrainState(whole, params, balance, opt_state, base, histories)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, formats and shardings, for compiling and for restoring a checkpoint."""

@@ -13,7 +13,9 @@ from moe.model.moe_layer import MoEStats
 from moe.model.parameter import SelectionBias
 from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
+from moe.train.histories import check_histories, growth
 from moe.train.loss import cross_entropy_sum
+from moe.train.objective import make_objective
 from moe.train.optimizer import global_norm
 from moe.train.parts import fetched
 from moe.train.pipelined import check_stages, pipelined_gradients
@@ -46,6 +48,7 @@ class StepMetrics(NamedTuple):
     loss: mean next-token cross-entropy, nats.
     aux_loss, z_loss: mean over MoE layers, before their weights.
     grad_norm: global norm before clipping.
+    growth: the most by which a largest magnitude exceeds those of the steps from which delayed scaling has its scale.
     tokens: i32[], predicted tokens.
     layers: None where the model has no MoE layer.
     """
@@ -55,6 +58,7 @@ class StepMetrics(NamedTuple):
     z_loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    growth: jax.Array
     tokens: jax.Array
     layers: LayerStats | None
 
@@ -73,36 +77,28 @@ def make_train_step(
         loss_chunk: positions whose logits exist at once.
 
     Raises:
-        ConfigError: the layers do not divide over the stages, or gradients that wait on the host would have to be added
-            up.
+        ConfigError: the layers do not divide over the stages, or have histories; or gradients that wait on the host
+            would have to be added up.
     """
     check_stages(blueprint.config, blueprint.layout.stages, virtual_stages)
     check_landing(blueprint.layout.config, blueprint.layout.stages, microbatches)
+    check_histories(blueprint.precision, blueprint.layout.stages)
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 
-    def objective(
-        params: Any, landing: Any, balance: Any, frozen: Any, batch: Batch, key: jax.Array, num_targets: jax.Array
-    ):
-        model = blueprint.model(params, balance, frozen)
-        output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=layout, landing=landing)
-        stats = output.stats
-        loss = cross_entropy_sum(
-            output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, layout
-        )
-        total = loss / num_targets
-        if stats is not None:
-            total += stats.penalty(router) / microbatches
-        return total, (loss, stats)
+    objective = make_objective(blueprint, microbatches=microbatches, loss_chunk=loss_chunk)
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
+        """(gradients, the next histories), (loss, statistics)."""
+
         def one(number: jax.Array, part: Batch):
             given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
             if layout.config.gradients == "host":
-                return landed_gradients(blueprint, objective, state.params, given)
-            grads, told = jax.grad(objective, has_aux=True)(state.params, None, *given)
+                return landed_gradients(blueprint, objective, state.params, state.histories, given)
+            take = jax.grad(objective, argnums=(0, 1), has_aux=True)
+            (grads, histories), told = take(state.params, state.histories, None, *given)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
-            return blueprint.by_axes(layout.constrain_gradient, grads), told
+            return (blueprint.by_axes(layout.constrain_gradient, grads), histories), told
 
         if layout.stages > 1:
             grads, *told = pipelined_gradients(
@@ -115,24 +111,25 @@ def make_train_step(
                 virtual_stages=virtual_stages,
                 loss_chunk=loss_chunk,
             )
-            return blueprint.by_axes(layout.constrain_gradient, grads), told
+            return (blueprint.by_axes(layout.constrain_gradient, grads), {}), told
 
         if microbatches == 1:
             return one(jnp.zeros((), jnp.int32), batch)
 
-        def accumulate(summed, numbered):
-            grads, told = one(*numbered)
-            return jax.tree.map(jnp.add, summed, grads), told
+        def accumulate(carry, numbered):
+            (summed, largest), ((grads, histories), told) = carry, one(*numbered)
+            return (jax.tree.map(jnp.add, summed, grads), jax.tree.map(jnp.maximum, largest, histories)), told
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)
+        unseen = jax.tree.map(jnp.zeros_like, state.histories)
         parts = jax.tree.map(lambda x: split_batch(x, microbatches, layout), batch)
-        grads, (losses, stats) = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
-        return grads, (losses.sum(), merge_microbatches(stats))
+        found, (losses, stats) = jax.lax.scan(accumulate, (zeros, unseen), (jnp.arange(microbatches), parts))
+        return found, (losses.sum(), merge_microbatches(stats))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_targets = batch.weights_BT.sum()
         key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
-        grads, (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
+        (grads, histories), (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         with jax.named_scope("optimizer"):
             if streams(layout.config, layout.stages):
                 norm = streamed_norm(grads)
@@ -149,13 +146,14 @@ def make_train_step(
             z_loss=jnp.zeros(()) if stats is None else stats.z_loss.mean(),
             grad_norm=norm,
             learning_rate=jnp.asarray(blueprint.learning_rate(state.step), jnp.float32),
+            growth=growth(state.histories, histories),
             tokens=num_targets.astype(jnp.int32),
             layers=None if stats is None else layer_stats(stats),
         )
         balance = state.balance
         if stats is not None and router.balance == "bias":
             balance = move_biases(blueprint, state, stats.load_E)
-        return TrainState(state.step + 1, params, balance, opt_state, state.frozen), metrics
+        return TrainState(state.step + 1, params, balance, opt_state, state.frozen, histories), metrics
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
@@ -167,12 +165,19 @@ def make_evaluation_step(
     """Jitted: the summed cross-entropy (nats) of a batch and how many tokens were predicted."""
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = blueprint.model(state.params, state.balance, state.frozen)
+        model = blueprint.model_of(state)
         model.eval()
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
         loss = cross_entropy_sum(
-            output.hidden_BTD, model.head_weight_VD, batch.targets_BT, batch.weights_BT, loss_chunk, blueprint.layout
+            output.hidden_BTD,
+            model.head_weight_VD,
+            batch.targets_BT,
+            batch.weights_BT,
+            loss_chunk,
+            blueprint.layout,
+            model.products.recipe,
+            model.products.history("head"),
         )
         return loss, batch.weights_BT.sum()
 
@@ -214,6 +219,6 @@ def layer_stats(stats: MoEStats) -> LayerStats:
 
 def move_biases(blueprint: Blueprint, state: TrainState, load_LE: jax.Array) -> Any:
     """The routers' selection biases after a step in which the experts were loaded so."""
-    model = blueprint.model(state.params, state.balance, state.frozen)
+    model = blueprint.model_of(state)
     model.move_biases(load_LE)
     return nnx.to_pure_dict(nnx.state(model, SelectionBias))

@@ -51,28 +51,28 @@ def check_landing(layout: LayoutConfig, stages: int, microbatches: int) -> None:
 
 
 def landed_gradients(
-    blueprint: Blueprint, objective: Callable, params: dict[str, Any], given: tuple
-) -> tuple[dict[str, Any], Any]:
-    """(gradients, what the objective tells besides): those of the stacks on the host.
+    blueprint: Blueprint, objective: Callable, params: dict[str, Any], histories: dict[str, Any], given: tuple
+) -> tuple[tuple[dict[str, Any], dict[str, Any]], Any]:
+    """((gradients, the next histories), what the objective tells besides): gradients of the stacks on the host.
 
     Args:
-        objective: of the parameters, of what the stacks' gradients land in, and of `given`.
+        objective: of the parameters, the histories, what the stacks' gradients land in, and of `given`.
     """
     accumulated = jnp.dtype(blueprint.precision.gradients)
     stacks = params[STACKS]
     landing = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), stacks)
 
-    def of(rest: dict[str, Any], landing: dict[int, Any]) -> Any:
-        return objective(rest | {STACKS: stacks}, landing, *given)
+    def of(rest: dict[str, Any], histories: dict[str, Any], landing: dict[int, Any]) -> Any:
+        return objective(rest | {STACKS: stacks}, histories, landing, *given)
 
-    take = jax.grad(of, argnums=(0, 1), has_aux=True)
-    (rest, landed), told = take(part_of(None, params), to_host(landing))
+    take = jax.grad(of, argnums=(0, 1, 2), has_aux=True)
+    (rest, following, landed), told = take(part_of(None, params), histories, to_host(landing))
 
     def summed(spec: ParameterSpec, gradient: jax.Array) -> jax.Array:
         return blueprint.layout.constrain_gradient(gradient.astype(accumulated), spec.axes)
 
     rest = jax.tree.map(summed, part_of(None, blueprint.specs), rest, is_leaf=is_spec)
-    return rest | {STACKS: landed}, told
+    return (rest | {STACKS: landed}, following), told
 
 
 def streamed_norm(gradients: dict[str, Any]) -> jax.Array:

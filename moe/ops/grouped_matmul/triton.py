@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from parallel.platform import platform
 
-_ROWS = 64
+ROWS = 64
 _WIDTHS = (128, 64, 32, 16)
 
 
@@ -49,27 +49,31 @@ def _backward(interpret: bool, saved, dy_RF: jax.Array):
 triton_kernels.defvjp(_forward, _backward)
 
 
-def _width(size: int) -> int:
-    """The widest block that divides an axis."""
+def width(size: int) -> int:
+    """The widest block that divides an axis.
+
+    Raises:
+        ValueError: none does.
+    """
     for width in _WIDTHS:
         if size % width == 0:
             return width
     raise ValueError(f'grouped_matmul backend "triton": a width of {size} is no multiple of 16, use "ragged"')
 
 
-def _tiles(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def tiles(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """i32 by tile: its expert, its first row, and the row after its last one (at most the first: an idle tile)."""
-    num_tiles = pl.cdiv(num_rows, _ROWS) + sizes_E.shape[0] - 1
+    num_tiles = pl.cdiv(num_rows, ROWS) + sizes_E.shape[0] - 1
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
     starts_E = ends_E - sizes_E
-    first_block_E = starts_E // _ROWS
-    blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // _ROWS - first_block_E + 1, 0)
+    first_block_E = starts_E // ROWS
+    blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // ROWS - first_block_E + 1, 0)
     tiles_until_E = jnp.cumsum(blocks_E)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(tiles_until_E, tile, side="right"), sizes_E.shape[0] - 1)
     block = first_block_E[expert] + tile - (tiles_until_E - blocks_E)[expert]
-    start = jnp.maximum(starts_E[expert], block * _ROWS)
-    end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * _ROWS), start)
+    start = jnp.maximum(starts_E[expert], block * ROWS)
+    end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * ROWS), start)
     return expert.astype(jnp.int32), start.astype(jnp.int32), end.astype(jnp.int32)
 
 
@@ -79,16 +83,16 @@ def _rows_product(
     """Each row times its expert's matrix, or the matrix's transpose."""
     num_rows, depth = x_RD.shape
     out = w_EDF.shape[1 if transpose_w else 2]
-    deep, wide = min(_width(depth), 64), _width(out)
-    expert_X, start_X, end_X = _tiles(sizes_E, num_rows)
+    deep, wide = min(width(depth), 64), width(out)
+    expert_X, start_X, end_X = tiles(sizes_E, num_rows)
 
     def kernel(expert_X, start_X, end_X, x_RD, w_EDF, y_RF):
         tile, column = pl.program_id(0), pl.program_id(1) * wide
         expert, start, end = expert_X[tile], start_X[tile], end_X[tile]
-        first = start // _ROWS * _ROWS
-        place = first + jnp.arange(_ROWS)
+        first = start // ROWS * ROWS
+        place = first + jnp.arange(ROWS)
         mine = ((place >= start) & (place < end))[:, None]
-        rows, columns = pl.ds(first, _ROWS), pl.ds(column, wide)
+        rows, columns = pl.ds(first, ROWS), pl.ds(column, wide)
 
         def add(i, sum_RF):
             inner = pl.ds(i * deep, deep)
@@ -98,7 +102,7 @@ def _rows_product(
 
         @pl.when(start < end)
         def _():
-            sum_RF = jax.lax.fori_loop(0, depth // deep, add, jnp.zeros((_ROWS, wide), jnp.float32))
+            sum_RF = jax.lax.fori_loop(0, depth // deep, add, jnp.zeros((ROWS, wide), jnp.float32))
             plgpu.store(y_RF.at[rows, columns], sum_RF.astype(y_RF.dtype), mask=mine)
 
     y_RF = pl.pallas_call(
@@ -116,7 +120,7 @@ def _rows_product(
 def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
     """[E, D, F] in x's format: the product of each expert's rows of x, transposed, and of dy."""
     D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
-    deep, wide = min(_width(D), 64), min(_width(F), 64)
+    deep, wide = min(width(D), 64), min(width(F), 64)
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def kernel(starts_E, ends_E, x_RD, dy_RF, dw_EDF):
@@ -124,14 +128,14 @@ def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, inte
         start, end = starts_E[expert], ends_E[expert]
 
         def add(i, sum_DF):
-            first = start + i * _ROWS
-            mine = (first + jnp.arange(_ROWS) < end)[:, None]
-            rows = pl.ds(first, _ROWS)
+            first = start + i * ROWS
+            mine = (first + jnp.arange(ROWS) < end)[:, None]
+            rows = pl.ds(first, ROWS)
             x = plgpu.load(x_RD.at[rows, pl.ds(row, deep)], mask=mine, other=0)
             dy = plgpu.load(dy_RF.at[rows, pl.ds(column, wide)], mask=mine, other=0)
             return sum_DF + plgpu.dot(x, dy, trans_a=True, allow_tf32=False)
 
-        sum_DF = jax.lax.fori_loop(0, pl.cdiv(end - start, _ROWS), add, jnp.zeros((deep, wide), jnp.float32))
+        sum_DF = jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), add, jnp.zeros((deep, wide), jnp.float32))
         dw_EDF[expert, pl.ds(row, deep), pl.ds(column, wide)] = sum_DF.astype(dw_EDF.dtype)
 
     return pl.pallas_call(

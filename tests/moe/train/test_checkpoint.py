@@ -23,7 +23,7 @@ def state_of(value: float, layout=ON_MESH) -> TrainState:
     if layout.mesh is not None:
         w_DF = jax.device_put(w_DF, layout.stored("DF", w_DF.shape))
     params = {"w_DF": w_DF, "stacks": {0: {"scale_D": jnp.full(16, value, jnp.bfloat16)}}}
-    return TrainState(jnp.int32(value), params, {}, optax.adam(1e-3).init(params), {})
+    return TrainState(jnp.int32(value), params, {}, optax.adam(1e-3).init(params), {}, {})
 
 
 def abstract(layout=ON_MESH):
@@ -71,7 +71,7 @@ def test_comes_back_where_the_devices_that_wrote_it_are_missing(store, tmp_path)
     from moe.train.checkpoint import CheckpointStore
     from moe.train.state import TrainState
     params = {{"w_DF": jnp.zeros((16, 4)), "stacks": {{0: {{"scale_D": jnp.zeros(16, jnp.bfloat16)}}}}}}
-    state = TrainState(jnp.int32(0), params, {{}}, optax.adam(1e-3).init(params), {{}})
+    state = TrainState(jnp.int32(0), params, {{}}, optax.adam(1e-3).init(params), {{}}, {{}})
     store = CheckpointStore(Path({str(tmp_path)!r}), fingerprint="f1", keep=2)
     restored = store.restore_latest(jax.eval_shape(lambda: state), print).state
     print(jax.device_count(), restored.step, float(restored.params["w_DF"].sum()))
@@ -190,12 +190,12 @@ def test_files_limited_in_size_by_the_system(tmp_path):
     from moe.train.state import TrainState
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     store = CheckpointStore(Path({str(tmp_path)!r}), fingerprint="f1", keep=2)
-    store.save(1, TrainState(jnp.int32(1), {{"w": jnp.zeros(8)}}, {{}}, (), {{}}), {{}})
+    store.save(1, TrainState(jnp.int32(1), {{"w": jnp.zeros(8)}}, {{}}, (), {{}}, {{}}), {{}})
     store.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     big = jax.random.normal(jax.random.key(0), (1_000_000,))
     try:
-        store.save(2, TrainState(jnp.int32(2), {{"w": big}}, {{}}, (), {{}}), {{}})
+        store.save(2, TrainState(jnp.int32(2), {{"w": big}}, {{}}, (), {{}}, {{}}), {{}})
         store.wait()
     except CheckpointError as error:
         print("ERROR", error)
@@ -218,7 +218,7 @@ def test_killed_while_saving_leaves_the_earlier_one(store, tmp_path):
     from moe.train.state import TrainState
     checkpoint._digest = lambda file: os.kill(os.getpid(), 9)
     store = checkpoint.CheckpointStore(Path({str(tmp_path)!r}), fingerprint="f1", keep=2)
-    store.save(2, TrainState(jnp.int32(2), {{"w": jnp.zeros(8)}}, {{}}, (), {{}}), {{}})
+    store.save(2, TrainState(jnp.int32(2), {{"w": jnp.zeros(8)}}, {{}}, (), {{}}, {{}}), {{}})
     store.wait()
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == -9

@@ -1,0 +1,98 @@
+"""Products of activations with weights: in the compute format, or in 8 bits (moe/ops/scaled).
+
+A product may have a history: the largest magnitudes of what went into it, f32[3, H], of the activation, the weight and
+the gradient of the result, newest first. With delayed scaling its scales come from these. A history's gradient is no
+derivative: it is the next history, which the backward pass knows.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from moe.model.parameter import used
+from moe.model.precision import Precision
+from moe.ops.scaled import Recipe, new_history, scaled_einsum
+from parallel.layout import Layout
+
+SCALED_PRODUCT = "scaled_product"
+"""The name of results of products in 8 bits, for rematerialisation."""
+
+
+class MagnitudeHistory(nnx.Variable):
+    """f32[3, H], of one product; see above."""
+
+
+class Products(nnx.Module):
+    """The products of one part of a layer with its weights, by name."""
+
+    def __init__(self, precision: Precision, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.dtype, self.recipe = precision.compute_dtype, precision.recipe
+        histories = {name: MagnitudeHistory(new_history()) for name in names} if precision.delayed else {}
+        self.histories = nnx.Dict(histories)
+
+    def __call__(self, name: str, spec: str, x: jax.Array, weight: nnx.Param, layout: Layout) -> jax.Array:
+        """The einsum of x, in the compute format, and a weight."""
+        return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
+
+    def history(self, name: str) -> jax.Array | None:
+        return self.histories[name][...] if name in self.histories else None
+
+
+def product(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe | None, history: jax.Array | None) -> jax.Array:
+    """The einsum of an activation and a weight, in x's format."""
+    if recipe is None:
+        return recorded(jnp.einsum(spec, x, w), x, w, history)
+    if recipe.scaling == "delayed":
+        y = scaled_einsum(spec, x, w, recipe, history)
+    else:
+        y = recorded(scaled_einsum(spec, x, w, recipe), x, w, history)
+    return checkpoint_name(y, SCALED_PRODUCT)
+
+
+def recorded(
+    y: jax.Array, x: jax.Array, w: jax.Array, history: jax.Array | None, owned: jax.Array | bool = True
+) -> jax.Array:
+    """y, the product of x and w, whose largest magnitudes go into the history, where there is one.
+
+    Args:
+        owned: bool, which rows of x and y count.
+    """
+    if history is None:
+        return y
+    return _recorded(y, jax.lax.stop_gradient((largest(jnp.where(owned, x, 0)), largest(w))), history, owned)
+
+
+@jax.custom_vjp
+def _recorded(y, of_operands, history, owned):
+    return y
+
+
+def _forward(y, of_operands, history, owned):
+    return y, (of_operands, history, owned)
+
+
+def _backward(saved, dy):
+    of_operands, history, owned = saved
+    newest = jnp.stack([*of_operands, largest(jnp.where(owned, dy, 0))])[:, None]
+    return dy, None, jnp.concatenate([newest, history[:, :-1]], axis=1), None
+
+
+_recorded.defvjp(_forward, _backward)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """The largest magnitude, f32[]; not finite where one is not."""
+    return jnp.abs(x).max(initial=0).astype(jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(history: jax.Array, times: int) -> jax.Array:
+    """A history for each of several uses, [times, 3, H]: parts of the same product. Their largest magnitudes are its."""
+    return jnp.broadcast_to(history, (times, *history.shape))
+
+
+spread.defvjp(lambda history, times: (spread(history, times), None), lambda times, _, following: (following.max(0),))

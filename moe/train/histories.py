@@ -1,0 +1,33 @@
+"""Histories of the products' largest magnitudes from step to step (moe/model/products.py), as trees of f32[…, 3, H]."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe.model.config import ConfigError
+from moe.model.precision import Precision
+
+
+def check_histories(precision: Precision, stages: int) -> None:
+    """
+    Raises:
+        ConfigError: layers with histories are shared out over stages.
+    """
+    if precision.delayed and stages > 1:
+        raise ConfigError(
+            f"precision.scaling='delayed' with mesh.stage={stages}: pipelines keep no histories; set "
+            "precision.scaling='tensor', 'row' or 'block', or mesh.stage=1"
+        )
+
+
+def growth(before: Any, after: Any) -> jax.Array:
+    """f32[]: the most by which the largest magnitude of a step exceeds all that its scale was made from; 0 where
+    nothing was."""
+
+    def of_product(before: jax.Array, after: jax.Array) -> jax.Array:
+        known = before.max(-1)
+        return jnp.where(known > 0, after[..., 0] / known, 0).max()
+
+    found = jax.tree.leaves(jax.tree.map(of_product, before, after))
+    return jnp.stack(found).max() if found else jnp.zeros(())

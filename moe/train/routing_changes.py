@@ -1,0 +1,82 @@
+"""How many of the routers' decisions a number format changes."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.moe_layer import MoELayer
+from moe.model.precision import Precision
+from moe.model.products import MagnitudeHistory
+from moe.model.transformer import Transformer
+from moe.train.data import Batch
+from parallel.layout import SINGLE_DEVICE, Layout
+
+
+def changed_choices(
+    config: ModelConfig,
+    params: dict[str, Any],
+    balance: dict[str, Any],
+    batch: Batch,
+    before: Precision,
+    after: Precision,
+) -> jax.Array:
+    """f32[L], by MoE layer: the share of a batch's choices of an expert for a token that the model makes as `before`
+    has it computed, and not as `after` has. On one device, before capacity.
+
+    A layer takes what the layers before it made in the same precision, so changes add up from layer to layer. Delayed
+    scaling takes its scales from the batch itself.
+
+    Args:
+        params, balance: of a TrainState without adapters.
+    """
+    if config.router.overflow == "recycle" or config.router.capacity_factor is not None:
+        config = replace(config, router=replace(config.router, capacity_factor=None, overflow="drop"))
+    one, other = (chosen_experts(_model(config, each, params, balance), batch) for each in (before, after))
+    return jnp.stack([changed_share(*choices, config.num_experts) for choices in zip(one, other, strict=True)])
+
+
+def _model(config: ModelConfig, precision: Precision, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
+    model = nnx.eval_shape(lambda: Transformer(config, precision, Execution(), rngs=nnx.Rngs(0)))
+    unseen = jax.tree.map(lambda h: jnp.zeros(h.shape, h.dtype), nnx.to_pure_dict(nnx.state(model, MagnitudeHistory)))
+    return nnx.merge(nnx.graphdef(model), params, balance, unseen)
+
+
+def chosen_experts(model: Transformer, batch: Batch) -> list[jax.Array]:
+    """experts_BTK of each MoE layer; E where a token is padding. Layer by layer, without a loop in the program."""
+    tokens_BT, _, positions_BT, segments_BT, _ = map(jnp.asarray, batch)
+    sight, x_BTD = model.sight(tokens_BT, positions_BT, segments_BT), model.embed(tokens_BT, SINGLE_DEVICE)
+    found: list[jax.Array] = []
+    for stack in model.stacks:
+        graph, stacked = nnx.split(stack)
+        for place in range(len(jax.tree.leaves(stacked)[0])):
+            group = nnx.merge(graph, jax.tree.map(lambda x, place=place: x[place], stacked))
+            for block in group.blocks:
+                if isinstance(block.feed_forward, MoELayer):
+                    block.feed_forward.router = _Watched(block.feed_forward.router, found)
+            x_BTD = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE).x_BTD
+    return found
+
+
+class _Watched(nnx.Module):
+    """A router whose choices are noted."""
+
+    def __init__(self, router: nnx.Module, found: list[jax.Array]) -> None:
+        self.choose = lambda *given: router(*given)
+        self.note = found.append
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, layout: Layout):
+        routing = self.choose(x_BTD, valid_BT, layout)
+        self.note(routing.experts_BTK)
+        return routing
+
+
+def changed_share(one_BTK: jax.Array, other_BTK: jax.Array, num_experts: int) -> jax.Array:
+    """f32[]: of the first's choices, padding's left out, those that the other does not make for the same token."""
+    kept_BTK = (one_BTK[..., :, None] == other_BTK[..., None, :]).any(-1)
+    valid_BTK = one_BTK < num_experts
+    return (valid_BTK & ~kept_BTK).sum() / jnp.maximum(valid_BTK.sum(), 1)
