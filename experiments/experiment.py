@@ -18,7 +18,7 @@ from moe.model.precision import Precision, check_gathered
 from moe.train.data import DataConfig
 from moe.train.histories import check_histories
 from moe.train.loop import TrainingConfig
-from moe.train.optimizer import OptimizerConfig, check_master_weights
+from moe.train.optimizer import OptimizerConfig, check_optimizer
 from moe.train.pipelined import check_stages
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.streamed import check_landing
@@ -76,7 +76,7 @@ class Experiment:
         self._check_batch()
         self._check_pipeline()
         self._check_sharding()
-        check_master_weights(self.optimizer, self.precision)
+        check_optimizer(self.optimizer, self.precision, self.layout)
         check_gathered(self.precision, self.layout)
         check_execution(self.execution, self.precision)
         if self.optimizer.warmup_steps >= self.training.steps:

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     EVALUATE = 3
     ADAPTERS = 4
     ADAPTER_DROPOUT = 5
+    ROUNDING = 6
 
 
 def run_key(seed: int, purpose: Purpose) -> jax.Array:

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
@@ -19,7 +18,7 @@ from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.planner.job import Job
 from moe.train.optimizer import OptimizerConfig
-from moe.train.state import Blueprint, TrainState, make_blueprint
+from moe.train.state import Blueprint, TrainState, make_blueprint, optimizer_shardings
 from parallel.layout import SINGLE_DEVICE, Layout
 
 
@@ -53,14 +52,8 @@ def states_of(job: Job, layout: Layout) -> States:
         specs, params = _served(job.model, job.precision)
         return States((), tuple(_leaves(specs)), _bytes(params, stored(params, specs, layout)), 0)
     blueprint, state = _trained(job.model, job.precision, job.optimizer, job.steps, job.lora)
-    params, states = (
-        jax.tree.map(lambda spec, where=where: where(spec.axes, spec.shape), blueprint.specs, is_leaf=is_spec)
-        for where in (layout.stored, layout.optimizer_state)
-    )
-    whole = layout.whole()
-    opt_state = optax.tree_utils.tree_map_params(
-        blueprint.optimizer, lambda _, where: where, state.opt_state, states, transform_non_params=lambda _: whole
-    )
+    params = jax.tree.map(lambda spec: layout.stored(spec.axes, spec.shape), blueprint.specs, is_leaf=is_spec)
+    opt_state = optimizer_shardings(state.opt_state, blueprint.specs, layout)
     frozen = stored(state.frozen, blueprint.frozen_specs, layout)
     balance = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.balance))
     return States(

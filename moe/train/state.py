@@ -12,13 +12,13 @@ from flax import nnx
 from moe.model.adapter import LoraConfig
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import SelectionBias, is_spec, specs_of, stored
+from moe.model.parameter import ParameterSpec, SelectionBias, is_spec, specs_of, stored
 from moe.model.precision import Precision, check_gathered
 from moe.model.products import MagnitudeHistory
 from moe.model.randomness import Purpose, run_key
 from moe.model.transformer import Transformer
 from moe.train.lora import check_frozen, frozen, trained
-from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.optimizer import OptimizerConfig, check_optimizer, make_optimizer
 from moe.train.parts import first_states
 from parallel.layout import Layout
 
@@ -102,18 +102,9 @@ class Blueprint:
         if self.layout.mesh is None:
             return None
         whole: Any = self.layout.whole()
-        params, states = (
-            jax.tree.map(lambda spec, where=where: where(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
-            for where in (self.layout.stored, self.layout.optimizer_state)
-        )
+        params = jax.tree.map(lambda spec: self.layout.stored(spec.axes, spec.shape), self.specs, is_leaf=is_spec)
         abstract = jax.eval_shape(self.new_state, jax.random.key(0))
-        opt_state = optax.tree_utils.tree_map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            abstract.opt_state,
-            states,
-            transform_non_params=lambda _: whole,
-        )
+        opt_state = optimizer_shardings(abstract.opt_state, self.specs, self.layout)
         base = stored(abstract.frozen, self.frozen_specs, self.layout)
         balance, histories = jax.tree.map(lambda _: whole, (abstract.balance, abstract.histories))
         return TrainState(whole, params, balance, opt_state, base, histories)
@@ -146,6 +137,27 @@ class Blueprint:
         return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
 
 
+def optimizer_shardings(opt_state: optax.OptState, specs: dict[str, Any], layout: Layout) -> Any:
+    """Where each array of the optimizer's states lives: those of a parameter as finely shared out as it can be. Scales
+    of blocks lie as the blocks do, and what is one long along an axis is whole along it. On a mesh.
+
+    Raises:
+        LayoutError: a parameter does not divide over the mesh, or a block would be split.
+    """
+
+    def of_parameter(spec: ParameterSpec, kept: Any) -> Any:
+        def where(x: Any) -> Any:
+            axes = "".join(letter if size > 1 else "_" for letter, size in zip(spec.axes, x.shape, strict=True))
+            return layout.optimizer_state(spec.axes if x.shape == spec.shape else axes, x.shape)
+
+        return jax.tree.map(where, kept)
+
+    def of(x: Any) -> Any:
+        return jax.tree.map(of_parameter, specs, x, is_leaf=is_spec) if isinstance(x, dict) else layout.whole()
+
+    return jax.tree.map(of, opt_state, is_leaf=lambda x: isinstance(x, dict))
+
+
 def make_blueprint(
     config: ModelConfig,
     precision: Precision,
@@ -161,12 +173,12 @@ def make_blueprint(
     Raises:
         ConfigError: settings that do not work together.
     """
-    check_master_weights(optimizer, precision)
+    check_optimizer(optimizer, precision, layout.config)
     check_frozen(precision, lora, layout.stages)
     check_gathered(precision, layout.config)
     model = nnx.eval_shape(lambda: fresh_model(config, precision, execution, lora, jax.random.key(0)))
     specs, frozen_specs = specs_of(model, trained(lora)), specs_of(model, frozen(lora))
-    transformation, learning_rate = make_optimizer(optimizer, specs, steps)
+    transformation, learning_rate = make_optimizer(optimizer, specs, steps, layout, precision.compute_dtype)
     return Blueprint(
         config,
         precision,

@@ -130,15 +130,17 @@ def make_train_step(
         num_targets = batch.weights_BT.sum()
         key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
         (grads, histories), (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
+        rounding = jax.random.fold_in(key, int(Purpose.ROUNDING))
         with jax.named_scope("optimizer"):
             if streams(layout.config, layout.stages):
                 norm = streamed_norm(grads)
-                opt_state, params = streamed_update(blueprint, grads, norm, state.opt_state, state.params)
+                told = {"norm": norm, "key": rounding}
+                opt_state, params = streamed_update(blueprint, grads, told, state.opt_state, state.params)
             else:
                 grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
                 norm = global_norm(grads)
                 update = optax.with_extra_args_support(blueprint.optimizer).update
-                updates, opt_state = update(grads, fetched(state.opt_state), params, norm=norm)
+                updates, opt_state = update(grads, fetched(state.opt_state), params, norm=norm, key=rounding)
                 params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),

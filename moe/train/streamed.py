@@ -88,22 +88,26 @@ def streamed_norm(gradients: dict[str, Any]) -> jax.Array:
 
 
 def streamed_update(
-    blueprint: Blueprint, gradients: dict[str, Any], norm: jax.Array, opt_state: optax.OptState, params: dict[str, Any]
+    blueprint: Blueprint,
+    gradients: dict[str, Any],
+    told: dict[str, jax.Array],
+    opt_state: optax.OptState,
+    params: dict[str, Any],
 ) -> tuple[optax.OptState, dict[str, Any]]:
     """The optimizer's states and the parameters after a step, stacks where they were and the rest on the devices.
 
     Args:
-        norm: of all gradients.
+        told: to the optimizer besides the gradients, such as the norm of all of them.
     """
     everything = (gradients, opt_state, params)
-    after = _update(blueprint, norm, None, *in_trees(partial(part_of, None), everything))
+    after = _update(blueprint, told, None, *in_trees(partial(part_of, None), everything))
     stacks = {}
     for number in params[STACKS]:
         grads, *begin = in_trees(partial(part_of, number), everything)
 
         def one(place: jax.Array, carry: Any, number: Any = number, grads: Any = grads) -> Any:
             taken = in_trees(partial(layer_of, place), (grads, *carry))
-            opt_state, params = _update(blueprint, norm, number, *taken)
+            opt_state, params = _update(blueprint, told | {"layer": place}, number, *taken)
             if blueprint.layout.config.optimizer_states == "host":
                 opt_state = in_trees(to_host, opt_state)
             return in_trees(partial(with_layer, place), carry, (opt_state, params))
@@ -113,7 +117,12 @@ def streamed_update(
 
 
 def _update(
-    blueprint: Blueprint, norm: jax.Array, number: Any, gradients: Any, opt_state: optax.OptState, params: Any
+    blueprint: Blueprint,
+    told: dict[str, jax.Array],
+    number: Any,
+    gradients: Any,
+    opt_state: optax.OptState,
+    params: Any,
 ) -> tuple[optax.OptState, Any]:
     """Of one part as `part_of` gives it, on the devices. For Optax the other parts are masked out."""
     specs = part_of(number, blueprint.specs)
@@ -126,7 +135,6 @@ def _update(
     gradients, opt_state, params = in_trees(
         partial(among_masked, number, blueprint.specs), (gradients, fetched(opt_state), params)
     )
-    updates, opt_state = optax.with_extra_args_support(blueprint.optimizer).update(
-        gradients, opt_state, params, norm=norm
-    )
+    update = optax.with_extra_args_support(blueprint.optimizer).update
+    updates, opt_state = update(gradients, opt_state, params, **told)
     return in_trees(partial(part_of, number), (opt_state, optax.apply_updates(params, updates)))

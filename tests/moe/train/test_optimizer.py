@@ -9,7 +9,8 @@ import pytest
 from moe.model.config import ConfigError
 from moe.model.parameter import ParameterSpec
 from moe.model.precision import Precision
-from moe.train.optimizer import OptimizerConfig, check_master_weights, make_optimizer
+from moe.train.optimizer import OptimizerConfig, check_optimizer, make_optimizer
+from parallel.layout import LayoutConfig
 
 SPECS = {
     "norm_D": ParameterSpec((3,), jnp.dtype("float32"), "D", "norm"),
@@ -91,9 +92,24 @@ def test_master_weights_add_up_what_bfloat16_would_lose():
     assert all((p < f).any() for p, f in zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True))
 
 
-def test_float32_parameters_have_no_master_weights():
-    with pytest.raises(ConfigError, match="optimizer.master_weights=true with precision.parameters='float32'"):
-        check_master_weights(OptimizerConfig(master_weights=True), Precision())
+@pytest.mark.parametrize("setting", [{"master_weights": True}, {"rounding": "kahan"}, {"rounding": "stochastic"}])
+def test_float32_parameters_need_nothing_that_bfloat16_does(setting):
+    ((name, value),) = setting.items()
+    told = f"optimizer.{name}={'true' if value is True else repr(value)} with precision.parameters='float32'"
+    with pytest.raises(ConfigError, match=told):
+        check_optimizer(OptimizerConfig(**setting), Precision(), LayoutConfig())
+    check_optimizer(OptimizerConfig(**setting), Precision(parameters="bfloat16"), LayoutConfig())
+
+
+def test_matrices_that_wait_on_the_host_are_not_orthogonalized():
+    with pytest.raises(ConfigError, match="optimizer.kind='muon' with layout.optimizer_states='host'.*kind='adamw'"):
+        check_optimizer(OptimizerConfig(kind="muon"), Precision(), LayoutConfig(optimizer_states="host"))
+
+
+def test_muon_needs_a_matrix():
+    specs = {"a_DJ": ParameterSpec((4, 2), jnp.dtype("float32"), "DJ", "adapter")}
+    with pytest.raises(ConfigError, match="optimizer.kind='muon': none of the trained parameters .* set kind='adamw'"):
+        make_optimizer(OptimizerConfig(kind="muon"), specs, 1000)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +123,19 @@ def test_float32_parameters_have_no_master_weights():
         ({"final_share": 2.0}, "optimizer.final_share=2.0"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm=0.0: give a norm above 0, or None"),
         ({"undecayed": ("bias",)}, r"optimizer.undecayed names \['bias'\]: the kinds are embedding"),
+        ({"kind": "sgd"}, "optimizer.kind='sgd': give one of adamw, adafactor, muon"),
+        ({"states": "int4"}, "optimizer.states='int4': give one of float32, bfloat16, int8, fp8"),
+        ({"rounding": "up"}, "optimizer.rounding='up': give one of nearest, stochastic, kahan"),
+        ({"momentum": 1.0}, "optimizer.momentum=1.0"),
+        (
+            {"states": "bfloat16", "b2": 0.999},
+            "optimizer.states='bfloat16' with optimizer.b2=0.999: .* set b2 to 0.996",
+        ),
+        ({"states": "int8", "kind": "adafactor"}, "optimizer.states='int8' with optimizer.kind='adafactor'"),
+        (
+            {"master_weights": True, "rounding": "kahan"},
+            "optimizer.master_weights=true with optimizer.rounding='kahan'",
+        ),
         ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
     ],
 )
