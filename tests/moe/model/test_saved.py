@@ -77,13 +77,13 @@ def test_weighing_before_the_down_projection_saves_the_output_rows():
     assert size(saved()) - size(saved(gate="before")) >= outputs - 4 * 2 * rows * MODEL.num_layers
 
 
-def test_products_are_kept_in_half_the_bytes():
-    """But for the inputs of the group of layers and of the final norm, and the router's tables."""
+def test_products_are_kept_in_a_byte_a_number():
+    """Those of attention and the shared experts, but for the last, which nothing reads; and four bytes a vector."""
     wide, narrow = saved(remat="matmuls"), saved(remat="matmuls_fp8")
-    products = 2 * B * T * (2 * MODEL.num_heads * 8 + 2 * 2 * 8 + 2 * D + 2 * 2 * 48 + 2 * D) - 2 * B * T * 4 * 8
-    vectors = 4 * B * T * (2 * 4 + 2 * 2 + 2 + 2 * 2 + 2)
-    assert sum(x.size for x in narrow if x.dtype == jnp.float8_e4m3fn) == products / 2
-    assert size(wide) - size(narrow) == products / 2 - vectors
+    queries, keys, hidden = 4 * 8, 2 * 8, 48
+    numbers = B * T * (MODEL.num_layers * (queries + D + 2 * hidden + D) - D + 2 * keys)
+    assert sum(x.size for x in narrow if x.dtype == jnp.float8_e4m3fn) == numbers
+    assert size(wide) - size(narrow) > 0.7 * numbers
 
 
 @pytest.mark.parametrize(
