@@ -78,13 +78,8 @@ def _products(format: str, scaling: str) -> Settings:
 MODES: dict[str, Settings] = {
     "float32": {},
     "bfloat16": BF16,
-    "bfloat16 router softmax loss": BF16
-    | {
-        "precision.router": "bfloat16",
-        "precision.softmax": "bfloat16",
-        "precision.loss": "bfloat16",
-        "execution.attention": "dense",
-    },
+    "bfloat16 router and softmax": BF16
+    | {"precision.router": "bfloat16", "precision.softmax": "bfloat16", "execution.attention": "dense"},
     "bfloat16 gradients": BF16 | {"precision.gradients": "bfloat16"},
     "bfloat16 parameters": STORED,
     "bfloat16 parameters stochastic": STORED | {"optimizer.rounding": "stochastic"},

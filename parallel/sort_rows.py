@@ -107,9 +107,8 @@ def _tokens_forward(rows_RD: jax.Array, weights_AK: jax.Array, order: RowOrder):
 
 def _tokens_backward(saved, dy_AD: jax.Array):
     rows_RD, weights_AK, order = saved
-    dy_AD = dy_AD.astype(jnp.float32)
-    drows_RD = dy_AD[order.token_R] * weights_of_rows(weights_AK, order)[:, None]
-    dweights_AK = jnp.einsum("AKD,AD->AK", take_rows(rows_RD, order.row_AK).astype(jnp.float32), dy_AD)
+    drows_RD = dy_AD[order.token_R].astype(jnp.float32) * weights_of_rows(weights_AK, order)[:, None]
+    dweights_AK = jnp.einsum("AKD,AD->AK", take_rows(rows_RD, order.row_AK), dy_AD, preferred_element_type=jnp.float32)
     return drows_RD.astype(rows_RD.dtype), dweights_AK.astype(weights_AK.dtype), jax.tree.map(no_gradient, order)
 
 

@@ -37,17 +37,24 @@ def _forward(x: jax.Array, weight: jax.Array | None, eps: float):
 
 
 def _backward(eps: float, saved, dy: jax.Array):
-    """With n = x · r and r = (mean(x²) + eps)^(-1/2): dx = r · (dn − n · mean(dn · n)). All in float32."""
+    """With n = x · r and r = (mean(x²) + eps)^(-1/2): dx = r · (dn − n · mean(dn · n)), in float32."""
     x, weight = saved
-    normalised, inverse = _divided(x, eps)
-    dy = dy.astype(jnp.float32)
-    dn, dweight = dy, None
+
+    def terms(x, dy):
+        normalised, inverse = _divided(x, eps)
+        dn = dy.astype(jnp.float32) * (1 if weight is None else weight.astype(jnp.float32))
+        return normalised, inverse, dn
+
+    normalised, _, dn = terms(x, dy)
+    mean = jnp.mean(dn * normalised, axis=-1, keepdims=True)
+    dweight = None
     if weight is not None:
-        dn = dy * weight.astype(jnp.float32)
-        rounded = normalised.astype(x.dtype).astype(jnp.float32)
-        dweight = (dy * rounded).sum(tuple(range(x.ndim - 1))).astype(weight.dtype)
-    dx = inverse * (dn - normalised * jnp.mean(dn * normalised, axis=-1, keepdims=True))
-    return dx.astype(x.dtype), dweight
+        products = dy * normalised.astype(x.dtype)
+        dweight = products.sum(tuple(range(x.ndim - 1)), dtype=jnp.float32).astype(weight.dtype)
+    # Computed twice, or XLA would store the terms in float32 between the sums and the result.
+    x, dy, mean = jax.lax.optimization_barrier((x, dy, mean))
+    normalised, inverse, dn = terms(x, dy)
+    return (inverse * (dn - normalised * mean)).astype(x.dtype), dweight
 
 
 rms_norm.defvjp(_forward, _backward)

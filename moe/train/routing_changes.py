@@ -42,7 +42,9 @@ def changed_choices(
 
 
 def _model(config: ModelConfig, precision: Precision, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
-    model = nnx.eval_shape(lambda: Transformer(config, precision, Execution(), rngs=nnx.Rngs(0)))
+    # The one backend that has scores in every format.
+    execution = Execution(attention="dense")
+    model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
     unseen = jax.tree.map(lambda h: jnp.zeros(h.shape, h.dtype), nnx.to_pure_dict(nnx.state(model, MagnitudeHistory)))
     return nnx.merge(nnx.graphdef(model), params, balance, unseen)
 

@@ -140,6 +140,23 @@ def test_every_exchange_whole_and_in_chunks_gives_the_single_devices_numbers(nam
     assert_trees_equal_to_scale(spread, on_one_device(name))
 
 
+@pytest.mark.parametrize("name", ["capacity top-2", pytest.param("recycle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("exchange", "mesh"),
+    [
+        ("padded", None),
+        pytest.param("ragged", MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
+        pytest.param("hierarchical", MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
+        pytest.param("padded", MeshConfig(expert=4, tensor=2), marks=pytest.mark.slow),
+    ],
+)
+def test_weighing_before_the_down_projection_gives_the_same_numbers(name, exchange, mesh):
+    execution = Execution(exchange=exchange, gate="before", devices_per_node=2)
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    found = value_and_gradients(layer_of(ROUTERS[name], execution), *inputs(), layout)
+    assert_trees_equal_to_scale(found, on_one_device(name))
+
+
 @pytest.mark.parametrize(
     ("experts", "exchange"),
     [(("data", "expert"), "padded"), (("data", "tensor"), "hierarchical"), (("expert", "data"), "ragged_hierarchical")],

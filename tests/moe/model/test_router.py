@@ -3,11 +3,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.model.config import RouterConfig
-from moe.model.router import capacity, choose, limit_capacity, measure_balance
+from moe.model.config import ModelConfig, RouterConfig
+from moe.model.precision import Precision
+from moe.model.router import Router, capacity, choose, limit_capacity, measure_balance
+from parallel.layout import SINGLE_DEVICE
 from tests.oracle import router as oracle
 
 
@@ -142,3 +145,17 @@ def test_recycling_needs_a_key():
     routing = choose(jnp.zeros((1, 4, 2)), jnp.ones((1, 4), bool), config)
     with pytest.raises(ValueError, match="call the model with a key"):
         limit_capacity(routing, config, 2, None)
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_the_product_has_the_policys_format_and_float32_sums(format):
+    """With D = 4096, terms of 1: a sum in bfloat16 would stop at 256."""
+    config = ModelConfig(
+        vocab_size=2, d_model=4096, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, num_experts=2, d_expert=1
+    )
+    router = Router(config, Precision(router=format), rngs=nnx.Rngs(0))
+    router.w_DE[...] = jnp.full((4096, 2), 1 + 2**-10)
+    routing = router(jnp.ones((1, 1, 4096), jnp.bfloat16), jnp.ones((1, 1), bool), SINGLE_DEVICE)
+    expected = 4096.0 if format == "bfloat16" else 4100.0
+    np.testing.assert_array_equal(routing.logits_BTE, np.full((1, 1, 2), expected, np.float32))
+    assert routing.probs_BTE.dtype == jnp.float32

@@ -119,3 +119,18 @@ class TestContract:
 def test_what_does_not_fit_is_refused(shapes, changes, message):
     with pytest.raises(ValueError, match=message):
         attention(*arrays(**shapes), **changes)
+
+
+def test_scores_can_be_held_in_bfloat16():
+    q, k, v = arrays(T=64, S=64)
+    exact = attention(q, k, v, backend="dense")
+    rough = attention(q, k, v, softmax=jnp.bfloat16, backend="dense")
+    error = jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["chunked", "auto"])
+def test_scores_in_bfloat16_are_refused_where_they_are_not_held(backend):
+    q, k, v = arrays(T=2048 if backend == "auto" else 20, S=2048 if backend == "auto" else 20, B=1, N=1, M=1)
+    with pytest.raises(ValueError, match="only 'dense' has it"):
+        attention(q, k, v, softmax=jnp.bfloat16, backend=backend)

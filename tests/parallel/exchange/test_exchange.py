@@ -25,11 +25,13 @@ PLACES = [(1, 1), (2, 1), (2, 2), (4, 2), (8, 1), (8, 2), (8, 4), (8, 8)]
 
 
 @functools.cache
-def program(name: str, num_devices: int, node_size: int, limit: int = A, axes=("expert",), wire="float32"):
+def program(
+    name: str, num_devices: int, node_size: int, limit: int = A, axes=("expert",), wire="float32", before=False
+):
     """Each arrived row times its bucket's vector: the sums, their gradients for x and the weights, and the bytes."""
     sizes = {"expert": num_devices} if len(axes) == 1 else {axes[0]: 2, axes[1]: num_devices // 2}
     axis = axes[0] if len(axes) == 1 else axes
-    exchange = make_exchange(name, axis, num_devices, node_size, E, limit, wire)
+    exchange = make_exchange(name, axis, num_devices, node_size, E, limit, wire, weighs_before=before)
 
     def exchanged(x_AD, weights_AK, buckets_AK):
         arrived = exchange.send(x_AD, buckets_AK, weights_AK)
@@ -37,7 +39,8 @@ def program(name: str, num_devices: int, node_size: int, limit: int = A, axes=("
         own = E // num_devices
         scale_ED = jax.lax.dynamic_slice_in_dim(SCALE_ED, jax.lax.axis_index(axis) * own, own)
         scale_SD = scale_ED.at[bucket_S].get(mode="fill", fill_value=0)
-        y_AD = exchange.bring_back(arrived.rows_SD * scale_SD, arrived)
+        gates_S1 = arrived.gates_S[:, None] if before else 1
+        y_AD = exchange.bring_back(arrived.rows_SD * scale_SD * gates_S1, arrived)
         return y_AD, (arrived.forward, arrived.backward)
 
     def on_device(x_1AD, weights_1AK, buckets_1AK, dy_1AD):
@@ -174,6 +177,14 @@ def test_rows_in_8_bits(name, wire):
     check(name, spread(8), 2, wire=wire)
 
 
+@pytest.mark.parametrize(
+    "name", [name if name == "padded" else pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS]
+)
+@pytest.mark.parametrize("num_devices", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_results_weighed_before_they_come_back(name, num_devices):
+    check(name, spread(num_devices), min(2, num_devices), before=True)
+
+
 def mean_bytes(sent) -> np.ndarray:
     """[forward or backward, inside or across], in the mean over devices."""
     return np.array([[float(part.inside.mean()), float(part.across.mean())] for part in sent])
@@ -181,12 +192,21 @@ def mean_bytes(sent) -> np.ndarray:
 
 @pytest.mark.parametrize("node_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wire", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["padded", "gathered", "hierarchical"])
-def test_bytes_told_are_those_compiled(name, wire, node_size):
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("padded", False),
+        ("gathered", False),
+        ("hierarchical", False),
+        ("padded", True),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("gathered", "hierarchical")),
+    ],
+)
+def test_bytes_told_are_those_compiled(name, before, wire, node_size):
     """Every collective of the compiled forward and backward pass, tables and all. The ragged exchanges' bytes depend
     on the routing and do not stand in the program; the next test has them."""
-    run, (x, weights, dy) = program(name, 8, node_size, wire=wire), given_arrays(8)
-    told = mean_bytes(check(name, spread(8), node_size, wire=wire)).sum(0)
+    run, (x, weights, dy) = program(name, 8, node_size, wire=wire, before=before), given_arrays(8)
+    told = mean_bytes(check(name, spread(8), node_size, wire=wire, before=before)).sum(0)
     text = run.lower(x, weights, spread(8), dy).compile().as_text()
     np.testing.assert_array_equal(told, collective_bytes(text, 8, node_size))
 
