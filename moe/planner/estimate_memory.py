@@ -167,13 +167,23 @@ class _Estimate:
 
     @property
     def accumulators(self) -> int:
-        """What sums over microbatches hold beside one microbatch's gradients: those of a second one, for XLA computes
-        two in one turn of their loop, and the sums, which it shares out as the optimizer's states are. A pipeline's
-        ticks add to their sums out of place besides."""
-        gradients = self.gradients(self.states.specs, self.job.precision.gradients)
+        """Sums over microbatches, beside one microbatch's gradients; a pipeline's are laid out as gradients are, all
+        others XLA shares out as the optimizer's states."""
         if self.layout.stages > 1:
-            return 3 * gradients
-        return gradients + self.sums if self.job.microbatches > 1 else 0
+            return self.gradients(self.states.specs, self.job.precision.gradients)
+        return self.sums if self.job.microbatches > 1 else 0
+
+    @property
+    def interleaved(self) -> int:
+        """Chunks of virtual stages lie elsewhere than their layers at rest: the weights are there a second time in
+        their order; and of two chunks a third time, the one that a tick takes forward and the one it takes backward."""
+        if self.job.virtual_stages == 1:
+            return 0
+        at_rest = sum(
+            each.dtype.itemsize * numbers(self.layout.stored(each.axes, each.shape), each.shape)
+            for each in self.stacked
+        )
+        return at_rest + 2 * at_rest // self.job.virtual_stages
 
     @property
     def sums(self) -> int:
@@ -221,11 +231,11 @@ class _Estimate:
         microbatch has left its own."""
         again = self.job.model.tie_embeddings or self.layout.stages > 1 or self.job.microbatches > 1
         heads = 2 if again else 1
-        stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked)
+        stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked) // self.job.virtual_stages
         return {
             "gradients": self.accumulators + stacks + heads * self.head_gradient,
             "activations": self.activations,
-            "temporaries": max(self.backward(group) for group, _ in self.layers.groups()),
+            "temporaries": max(self.backward(group) for group, _ in self.layers.groups()) + self.interleaved,
         }
 
     def _in_the_update(self) -> dict[Part, int]:
