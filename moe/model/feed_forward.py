@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig, Projection, adapted, set_adapters
 from moe.model.parameter import Kind, matrix, used
 from moe.model.precision import Precision
 from parallel.layout import Layout
@@ -17,12 +18,26 @@ class FeedForward(nnx.Module):
         self.w_gate_DF = matrix("DF", (d_model, width), kind, std, precision, rngs)
         self.w_up_DF = matrix("DF", (d_model, width), kind, std, precision, rngs)
         self.w_down_FD = matrix("FD", (width, d_model), kind, std, precision, rngs)
+        self.adapters: nnx.Dict = nnx.Dict()
 
-    def __call__(self, x_BTD: jax.Array, layout: Layout) -> jax.Array:
+    def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
+        """Sets adapters beside the matrices."""
+        weights = {
+            Projection.gate: self.w_gate_DF,
+            Projection.up: self.w_up_DF,
+            Projection.down: self.w_down_FD,
+        }
+        set_adapters(self.adapters, weights, config, precision, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, layout: Layout, key: jax.Array | None = None) -> jax.Array:
+        """y_BTD. key: of this layer in this step, for the adapters' dropout."""
         w_gate_DF, w_up_DF, w_down_FD = (
             used(w, self.dtype, layout) for w in (self.w_gate_DF, self.w_up_DF, self.w_down_FD)
         )
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF)
+        gate_BTF = adapted(self.adapters, "gate", x_BTD, gate_BTF, layout, key)
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF)
+        up_BTF = adapted(self.adapters, "up", x_BTD, up_BTF, layout, key)
         hidden_BTF = layout.constrain(jax.nn.silu(gate_BTF) * up_BTF, "BTF")
-        return layout.constrain(jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD), "BTD")
+        y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD)
+        return layout.constrain(adapted(self.adapters, "down", hidden_BTF, y_BTD, layout, key), "BTD")

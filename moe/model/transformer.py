@@ -100,10 +100,10 @@ class Transformer(nnx.Module):
         )
 
     def adapt(self, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-        """Sets low-rank adapters beside the projections of every layer's attention."""
+        """Sets low-rank adapters beside the weights of every layer that `config` names."""
         for stack in self.stacks:
             for block in stack.blocks:
-                block.attention.adapt(config, self.precision, rngs=rngs)
+                block.adapt(config, self.precision, rngs=rngs)
 
     def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
         """What each token may look at; None as in `__call__`."""

@@ -18,12 +18,12 @@ from moe.model.execution import Execution
 from moe.model.folder import ModelFolder, is_model_folder
 from moe.model.hf.checkpoint import HfCheckpoint, model_specs
 from moe.model.hf.config import differences
+from moe.model.merge import merged
 from moe.model.parameter import SelectionBias
 from moe.model.pieces import Piece, Source, load, pieces
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.quantize import Quantized
-from moe.train.lora import merged
 from moe.train.trained import TrainedModel
 from parallel.layout import Layout
 

@@ -1,7 +1,8 @@
-"""Adapters beside the frozen weights of two layers that share keys and values."""
+"""Adapters beside the frozen weights of two layers that share keys and values, the first of them dense."""
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +14,35 @@ from rich.console import Console
 
 from experiments.run import run
 from moe import HunyuanMoE
-from moe.model.adapter import LoraConfig
+from moe.model.adapter import LoraConfig, Target
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
+from moe.model.merge import merged
 from moe.model.precision import FULL
 from moe.model.transformer import Transformer
 from moe.train.data import Batch
-from moe.train.lora import merged
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
 from moe.train.step import make_evaluation_step, make_train_step, place_batch
 from moe.train.trained import TrainedModel
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
 from tests.moe.train.small_run import small_experiment, small_run
 
 MODEL = ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, d_expert=8,
-    cla_factor=2, init_std=0.2, router=RouterConfig(balance="none"),
+    num_dense_layers=1, d_dense=16, num_shared_experts=1, cla_factor=2, init_std=0.2,
+    router=RouterConfig(balance="none"),
 )  # fmt: skip
-LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1)
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=get_args(Target))
+DEFAULT = LayoutConfig()
 # Keeps the gradients as its state, and moves nothing.
 RECORDER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
 
 
-def blueprint_of(mesh=None, frozen=None, lora=LORA, optimizer=None):
-    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+def blueprint_of(mesh=None, frozen=None, lora=LORA, optimizer=None, config=DEFAULT):
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh), config)
     precision = dataclasses.replace(FULL, frozen=frozen)
     adam = OptimizerConfig(learning_rate=3e-2, warmup_steps=1)
     blueprint = make_blueprint(MODEL, precision, Execution(), adam, layout, steps=100, lora=lora)
@@ -81,8 +84,8 @@ def test_adapters_alone_learn(frozen):
 
 
 @functools.cache
-def gradients(mesh, frozen):
-    blueprint = blueprint_of(mesh, frozen, optimizer=RECORDER)
+def gradients(mesh, frozen, config=DEFAULT):
+    blueprint = blueprint_of(mesh, frozen, optimizer=RECORDER, config=config)
     state, metrics = make_train_step(blueprint, seed=0)(
         adapted(blueprint.create_state(seed=0)), place_batch(batch_of(), blueprint.layout)
     )
@@ -90,15 +93,19 @@ def gradients(mesh, frozen):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "frozen"),
+    ("mesh", "frozen", "config"),
     [
-        pytest.param(MeshConfig(data=2, expert=4), None, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(data=2, expert=2, tensor=2), "int8", marks=pytest.mark.slow),
+        (MeshConfig(data=2, expert=4), None, LayoutConfig()),
+        (MeshConfig(data=4, expert=2), None, LayoutConfig(zero=1)),
+        (MeshConfig(data=2, expert=2, tensor=2), "int8", LayoutConfig()),
+        (MeshConfig(replica=2, expert=2, tensor=2), None, LayoutConfig(zero=2, experts=("expert", "tensor"))),
+        (MeshConfig(data=2, sequence=2, expert=2), "nf4", LayoutConfig(sequence="ring")),
     ],
     ids=str,
 )
-def test_eight_devices_give_the_gradients_of_one(mesh, frozen):
-    assert_trees_equal_to_scale(gradients(mesh, frozen), gradients(None, frozen))
+@pytest.mark.slow
+def test_eight_devices_give_the_gradients_of_one(mesh, frozen, config):
+    assert_trees_equal_to_scale(gradients(mesh, frozen, config), gradients(None, frozen))
 
 
 @pytest.mark.parametrize("frozen", [pytest.param(None, marks=pytest.mark.slow), "int8"])
