@@ -2,6 +2,7 @@
 section 4.1). Of arrays on their devices, or piece by piece as weights are read.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -86,6 +87,21 @@ class Adapters(Protocol):
 
     def factors(self, piece: Piece) -> Factors | None:
         """Those beside a piece of the model, or None where there is none."""
+
+
+class StackedAdapters:
+    """Adapters as a model's own parameters, stacked as its weights are; `Adapters`."""
+
+    def __init__(self, source: Source, lora: LoraConfig) -> None:
+        self.lora, self._source = lora, source
+
+    def factors(self, piece: Piece) -> Factors | None:
+        *module, name = piece.path
+        target = str(name).split("_")[1]
+        if target not in self.lora.targets:
+            return None
+        a, b = (self._source.read(replace(piece, path=(*module, "adapters", target, half))) for half in "ab")
+        return Factors(a, b, self.lora.scale)
 
 
 class MergedSource:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh, weights=options.weights)
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, weights=options.weights, adapters=options.adapters)
         if options.chat:
             _talk(model, sampling, options.system)
         else:
@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
     parser.add_argument(
         "--weights", choices=get_args(Quantized), help="quantize the matrices as they are read; by default as stored"
+    )
+    parser.add_argument(
+        "--adapters", type=Path, metavar="FOLDER", help="LoRA adapters to merge in: a run that trained some, or PEFT's"
     )
     return parser
 

@@ -61,6 +61,7 @@ class HunyuanMoE:
         mesh: MeshConfig | Mesh | None = None,
         compute: Format | None = None,
         weights: Quantized | None = None,
+        adapters: Path | str | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":
         """Loads a checkpoint folder straight onto the mesh; a model folder or the folder of a run serve as well.
@@ -70,6 +71,8 @@ class HunyuanMoE:
             compute: number format of the computation; None as the parameters are stored.
             weights: format to which the matrices of attention, experts and dense layers are quantized, piece by piece
                 as they are read (moe/ops/quantize.py); None to leave them.
+            adapters: folder of LoRA adapters to merge into the weights as they are read, before these are quantized:
+                of a run that trained some, or one that PEFT wrote.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
         Raises:
@@ -77,7 +80,7 @@ class HunyuanMoE:
             MeshError, LayoutError: the mesh does not fit the devices, or the model does not fit the mesh.
         """
         folder = Path(path).expanduser()
-        pretrained = open_pretrained(folder)
+        pretrained = open_pretrained(folder, None if adapters is None else Path(adapters).expanduser())
         if isinstance(mesh, MeshConfig):
             mesh = make_mesh(mesh) if mesh.num_devices > 1 else None
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh)
