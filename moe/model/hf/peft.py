@@ -123,8 +123,8 @@ class PeftFolder:
             raise WeightsError(f"{self.folder}: lacks the tensor {min(missing)}")
         if surplus := self._files.tensors.keys() - wanted:
             raise WeightsError(
-                f"{self.folder}: holds {min(surplus)}, which adapts nothing that adapters stand beside here: "
-                "attention's projections, experts, shared experts and dense layers of this model"
+                f"{self.folder}: holds {min(surplus)}, which stands beside no projection, expert, router or "
+                "dense layer of this model"
             )
         if not wanted:
             raise WeightsError(f"{self.folder}: holds no adapter")
@@ -240,8 +240,9 @@ def _joined(parts: list[tuple[Piece, Factors]], config: ModelConfig) -> tuple[np
 
 
 def _pieces(config: ModelConfig) -> Iterable[Piece]:
-    """Those that an adapter may stand beside."""
-    return (piece for piece in pieces(config, model_specs(config, Precision())) if len(piece.shape) > 1)
+    """Those that PEFT's lora_A and lora_B may stand beside: linear layers. Of a router they can be merged as well."""
+    found = pieces(config, model_specs(config, Precision()))
+    return (piece for piece in found if len(piece.shape) > 1 and piece.axes != "VD")
 
 
 def _is_expert(piece: Piece) -> bool:
