@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.experiment import Experiment
+from moe.model.merge import merged
 from moe.serve.engine import Weights
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.vocabulary import open_vocabulary
 from moe.train.data import Data
 from moe.train.loop import Outcome
-from moe.train.lora import merged
 from moe.train.metrics import Record, read_metrics
 from moe.train.pictures import save_pictures
 from moe.train.run_folder import RunFolder, write_atomically

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.adapter import Adapter, LoraConfig, Projection
+from moe.model.adapter import LoraConfig, Projection, adapted, set_adapters
 from moe.model.cache import GroupCache
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
@@ -77,11 +77,10 @@ class Attention(nnx.Module):
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the projections."""
-        weights = {"q": self.w_q_DNH, "o": self.w_o_NHD}
+        weights = {Projection.q: self.w_q_DNH, Projection.o: self.w_o_NHD}
         if self.projects_kv:
-            weights |= {"k": self.w_k_DMH, "v": self.w_v_DMH}
-        for name, weight in weights.items():
-            self.adapters[name] = Adapter(weight, config, precision, rngs=rngs)
+            weights |= {Projection.k: self.w_k_DMH, Projection.v: self.w_v_DMH}
+        set_adapters(self.adapters, weights, config, precision, rngs=rngs)
 
     def __call__(
         self,
@@ -113,16 +112,7 @@ class Attention(nnx.Module):
             y_BTNH = self._over_whole_sequences(q_BTNH, kv, sight, layout)
         y_BTNH = layout.constrain(y_BTNH, "BTNH")
         y_BTD = self.products("o", "BTNH,NHD->BTD", y_BTNH, self.w_o_NHD, layout)
-        return layout.constrain(self._adapted(Projection.o, y_BTNH, y_BTD, layout, key), "BTD"), kv
-
-    def _adapted(
-        self, which: Projection, x: jax.Array, y: jax.Array, layout: Layout, key: jax.Array | None
-    ) -> jax.Array:
-        """y, the product of x, with what its adapter adds, where it has one."""
-        if which.name not in self.adapters:
-            return y
-        own_key = None if key is None else jax.random.fold_in(key, int(which))
-        return y + self.adapters[which.name](x, own_key, layout)
+        return layout.constrain(adapted(self.adapters, "o", y_BTNH, y_BTD, layout, key), "BTD"), kv
 
     def _over_whole_sequences(self, q_BTNH: jax.Array, kv: SharedKeyValue, sight: Sight, layout: Layout) -> jax.Array:
         # In a cache a row is one document, and what lies behind a query's slot is hidden by causality.
@@ -167,7 +157,7 @@ class Attention(nnx.Module):
 
     def _queries(self, x_BTD: jax.Array, sight: Sight, layout: Layout, key: jax.Array | None) -> jax.Array:
         q_BTNH = self.products("q", "BTD,DNH->BTNH", x_BTD, self.w_q_DNH, layout)
-        q_BTNH = layout.constrain(self._adapted(Projection.q, x_BTD, q_BTNH, layout, key), "BTNH")
+        q_BTNH = layout.constrain(adapted(self.adapters, "q", x_BTD, q_BTNH, layout, key), "BTNH")
         if self.qk_norm == "before_rope":
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...].astype(self.dtype), self.eps)
         q_BTNH = apply_rope(q_BTNH, sight.rope)
@@ -181,10 +171,8 @@ class Attention(nnx.Module):
             self.products(name, "BTD,DMH->BTMH", x_BTD, w, layout)
             for name, w in (("k", self.w_k_DMH), ("v", self.w_v_DMH))
         )
-        k_BTMH, v_BTMH = (
-            layout.constrain(self._adapted(which, x_BTD, y_BTMH, layout, key), "BTMH")
-            for which, y_BTMH in ((Projection.k, k_BTMH), (Projection.v, v_BTMH))
-        )
+        k_BTMH = layout.constrain(adapted(self.adapters, "k", x_BTD, k_BTMH, layout, key), "BTMH")
+        v_BTMH = layout.constrain(adapted(self.adapters, "v", x_BTD, v_BTMH, layout, key), "BTMH")
         if self.qk_norm == "before_rope":
             k_BTMH = rms_norm(k_BTMH, self.k_norm_H[...].astype(self.dtype), self.eps)
         k_BTMH = apply_rope(k_BTMH, sight.rope)

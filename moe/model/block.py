@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig
 from moe.model.attention import Attention, SharedKeyValue, Sight
 from moe.model.cache import GroupCache
 from moe.model.config import ModelConfig
@@ -45,6 +46,11 @@ class Block(nnx.Module):
         else:
             self.feed_forward = MoELayer(config, precision, execution, rngs=rngs)
 
+    def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
+        """Sets adapters beside the weights that `config` names."""
+        self.attention.adapt(config, precision, rngs=rngs)
+        self.feed_forward.adapt(config, precision, rngs=rngs)
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -56,10 +62,10 @@ class Block(nnx.Module):
         cache: GroupCache | None = None,
     ) -> tuple[jax.Array, SharedKeyValue, MoEStats | None]:
         """The layer's output, the keys and values of its group, and a MoE layer's statistics."""
+        drawn = None if key is None else layer_key(key, layer, Purpose.ADAPTER_DROPOUT)
         with jax.named_scope("attention"):
             with jax.named_scope("norm"):
                 normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...].astype(self.dtype), self.eps)
-            drawn = None if key is None else layer_key(key, layer, Purpose.ADAPTER_DROPOUT)
             y_BTD, shared = self.attention(normed_BTD, sight, shared, layout, cache, drawn)
             x_BTD = layout.constrain(x_BTD + y_BTD, "BTD")
         with jax.named_scope("feed_forward"):
@@ -71,7 +77,7 @@ class Block(nnx.Module):
                 y_BTD, stats = self.feed_forward(normed_BTD, valid_BT, layer, key, layout)
             else:
                 with jax.named_scope("dense"):
-                    y_BTD = self.feed_forward(normed_BTD, layout)
+                    y_BTD = self.feed_forward(normed_BTD, layout, drawn)
             return layout.constrain(x_BTD + y_BTD, "BTD"), shared, stats
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig, LowRank, Projection, Target, set_adapters
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import as_kept, matrix, placed, used
@@ -24,12 +25,14 @@ class ExpertWeights(NamedTuple):
     Inside `jax.shard_map` E are this device's own, and F its part of their width.
 
     histories: of the three products, each as often as there are devices; empty where they have none.
+    adapters: by target, what is added to the weights.
     """
 
     gate_EDF: jax.Array | QuantizedWeight
     up_EDF: jax.Array | QuantizedWeight
     down_EFD: jax.Array | QuantizedWeight
     histories: dict[str, jax.Array]
+    adapters: dict[str, LowRank]
 
 
 class Experts(nnx.Module):
@@ -42,14 +45,29 @@ class Experts(nnx.Module):
         self.w_gate_EDF = matrix("EDF", (E, D, F), "expert", config.init_std, precision, rngs)
         self.w_up_EDF = matrix("EDF", (E, D, F), "expert", config.init_std, precision, rngs)
         self.w_down_EFD = matrix("EFD", (E, F, D), "expert", config.init_std, precision, rngs)
+        self.adapters: nnx.Dict = nnx.Dict()
 
-    def weights(self, layout: Layout, length: int) -> ExpertWeights:
-        """The weights as used on texts of T tokens: each device holds its own experts, or its part of their width."""
+    def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
+        """Sets adapters beside the weights."""
+        weights = {
+            Projection.expert_gate: self.w_gate_EDF,
+            Projection.expert_up: self.w_up_EDF,
+            Projection.expert_down: self.w_down_EFD,
+        }
+        set_adapters(self.adapters, weights, config, precision, rngs=rngs)
+
+    def weights(self, layout: Layout, length: int, key: jax.Array | None) -> ExpertWeights:
+        """The weights as used on texts of T tokens: each device holds its own experts, or its part of their width.
+
+        Args:
+            key: of this layer in this step, for the adapters' dropout.
+        """
         keeps = self.products.keeps_weights(length)
         devices = 1 if layout.mesh is None else layout.mesh.size
         return ExpertWeights(
             *(as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices),
             {name: spread(history[...], devices) for name, history in self.products.histories.items()},
+            {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()},
         )
 
     @property
@@ -64,7 +82,11 @@ class Experts(nnx.Module):
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
-        return ExpertWeights(*specs, dict.fromkeys(self.products.histories, layout.each_device().spec))
+        return ExpertWeights(
+            *specs,
+            dict.fromkeys(self.products.histories, layout.each_device().spec),
+            {name: adapter.specs(layout) for name, adapter in self.adapters.items()},
+        )
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
@@ -101,21 +123,29 @@ def apply_experts(
         y_RD, of the rows' dtype; zeros after the last expert's rows.
     """
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
+    grouped = partial(grouped_matmul, sizes_E=counts_E, backend=execution.grouped_matmul)
 
     def product(name: str, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
-        history, backend = weights.histories.get(name), execution.grouped_matmul
+        history = weights.histories.get(name)
         if isinstance(w, QuantizedWeight):
             return frozen_grouped_matmul(x, w, counts_E)
         if recipe is None:
-            return recorded(grouped_matmul(x, w, counts_E, backend=backend), x, w, history, owned_R1)
-        multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)
+            return recorded(grouped(x, w), x, w, history, owned_R1)
+        multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=execution.grouped_matmul, split=axes)
         if recipe.scaling == "delayed":
             return multiply(history)
         return recorded(multiply(), x, w, history, owned_R1)
 
+    def adapted(target: Target, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
+        y = product(target, x, w, axes)
+        if target not in weights.adapters:
+            return y
+        a, b = weights.adapters[target]
+        return y + grouped(grouped(x, a), b)
+
     # `down` sums over F.
     down_split = tuple(({"F": "D"}.get(axis, axis), names) for axis, names in split)
     with jax.named_scope("experts"):
-        gate_RF = product("gate", rows_RD, weights.gate_EDF, split)
-        up_RF = product("up", rows_RD, weights.up_EDF, split)
-        return product("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split)
+        gate_RF = adapted("gate", rows_RD, weights.gate_EDF, split)
+        up_RF = adapted("up", rows_RD, weights.up_EDF, split)
+        return adapted("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig, RouterConfig, divisors
 from moe.model.execution import Execution
 from moe.model.experts import Experts, ExpertWeights, apply_experts, by_chunk, rows_split
@@ -59,6 +60,12 @@ class MoELayer(nnx.Module):
             width = config.num_shared_experts * config.d_expert
             self.shared = FeedForward(config.d_model, width, "shared_expert", config.init_std, precision, rngs=rngs)
 
+    def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
+        """Sets adapters beside the experts' weights."""
+        self.experts.adapt(config, precision, rngs=rngs)
+        if self.config.num_shared_experts:
+            self.shared.adapt(config, precision, rngs=rngs)
+
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, layer: jax.Array, key: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, MoEStats]:
@@ -82,10 +89,11 @@ class MoELayer(nnx.Module):
                 whole = Routing(*(layout.constrain(x, "BSE") for x in routing))
                 experts_BTK, weights_BTK, dropped, recycled = limit_capacity(whole, config, slots, drawn)
 
-        routed_BTD, sent = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout)
+        drawn = None if key is None else layer_key(key, layer, Purpose.ADAPTER_DROPOUT)
+        routed_BTD, sent = self._routed(x_BTD, experts_BTK, weights_BTK, slots, layout, drawn)
         if self.config.num_shared_experts:
             with jax.named_scope("shared_expert"):
-                routed_BTD += self.shared(x_BTD, layout)
+                routed_BTD += self.shared(x_BTD, layout, drawn)
         stats = MoEStats(
             balance.aux_loss,
             balance.z_loss,
@@ -99,9 +107,19 @@ class MoELayer(nnx.Module):
         return routed_BTD, stats
 
     def _routed(
-        self, x_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, slots: int | None, layout: Layout
+        self,
+        x_BTD: jax.Array,
+        experts_BTK: jax.Array,
+        weights_BTK: jax.Array,
+        slots: int | None,
+        layout: Layout,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, Traffic]:
-        """Σ_k weight_k · expert_k(x), on each device for its own part of the batch; and the bytes that each sends."""
+        """Σ_k weight_k · expert_k(x), on each device for its own part of the batch; and the bytes that each sends.
+
+        Args:
+            key: of this layer in this step, for the adapters' dropout.
+        """
         # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
         # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
@@ -133,7 +151,7 @@ class MoELayer(nnx.Module):
             return y_BTD, layout.mean_over_devices(sent)
 
         with jax.named_scope("experts"):
-            weights = self.experts.weights(layout, x_BTD.shape[1])
+            weights = self.experts.weights(layout, x_BTD.shape[1], key)
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")

@@ -61,6 +61,13 @@ def parameters(specs: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, P
             yield from parameters(value, (*path, key))
 
 
+def leading_axes(spec: ParameterSpec) -> int:
+    """How many of a parameter's axes its pieces are taken from: of layers, and of experts."""
+    if not spec.axes.startswith("L"):
+        return 0
+    return 2 if spec.kind == "expert" else 1
+
+
 def pieces(config: ModelConfig, specs: dict[str, Any]) -> list[Piece]:
     """All pieces of a model, those of a stacked parameter one after the other as they lie in memory."""
     first_layers, layer = [], 0
@@ -73,7 +80,7 @@ def pieces(config: ModelConfig, specs: dict[str, Any]) -> list[Piece]:
             found.append(Piece(path, (), spec.shape, spec.axes, None))
             continue
         first, layers_per_group = first_layers[int(path[1])]
-        stacked = 2 if spec.kind == "expert" else 1
+        stacked = leading_axes(spec)
         for index in np.ndindex(spec.shape[:stacked]):
             layer = first + index[0] * layers_per_group + int(path[3])
             found.append(Piece(path, index, spec.shape[stacked:], spec.axes[stacked:], layer))

@@ -57,8 +57,11 @@ class Stored(NamedTuple):
 class TensorFolder:
     """The tensors of a folder's model.safetensors, or of the files that its model.safetensors.index.json names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
         """
+        Args:
+            single: the name of the file where there is only one.
+
         Raises:
             WeightsError: no such files, a damaged or truncated one, or an index that they contradict.
         """
@@ -67,10 +70,10 @@ class TensorFolder:
         index = folder / INDEX
         if index.is_file():
             self._read_index(index)
-        elif (folder / SINGLE).is_file():
-            self.tensors = read_header(folder / SINGLE)
+        elif (folder / single).is_file():
+            self.tensors = read_header(folder / single)
         else:
-            raise WeightsError(f"{folder}: holds neither {SINGLE} nor {INDEX}; give a folder with safetensors files")
+            raise WeightsError(f"{folder}: holds neither {single} nor {INDEX}; give a folder with safetensors files")
 
     def _read_index(self, index: Path) -> None:
         try:

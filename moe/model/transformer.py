@@ -103,10 +103,10 @@ class Transformer(nnx.Module):
         )
 
     def adapt(self, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-        """Sets low-rank adapters beside the projections of every layer's attention."""
+        """Sets low-rank adapters beside the weights of every layer that `config` names."""
         for stack in self.stacks:
             for block in stack.blocks:
-                block.attention.adapt(config, self.precision, rngs=rngs)
+                block.adapt(config, self.precision, rngs=rngs)
 
     def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
         """What each token may look at; None as in `__call__`."""
@@ -203,23 +203,30 @@ class GroupScan(NamedTuple):
         cache: KVCache | None,
         landing: dict[str, Any] | None = None,
     ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
-        parts: Any = nnx.split(stack, nnx.Param, ...)
-        graph, weights, others = parts
+        parts: Any = nnx.split(stack, nnx.LoRAParam, nnx.Param, ...)
+        graph, *parts = parts
 
         def group(carry, of_group):
             x_BTD, cache = carry
-            weights, others, landing, place = of_group
+            (adapters, weights, others), landing, place = of_group
             if landing is not None:
-                weights = land(weights, landing, self.layout)
+                # Beside frozen weights gradients are the adapters'.
+                adapters, weights = (
+                    (land(adapters, landing, self.layout), weights)
+                    if adapters
+                    else (adapters, land(weights, landing, self.layout))
+                )
             layer = self.first_layer + self.layers_per_group * place
             group_cache = None if cache is None else cache.group(self.first_group + place)
-            output = nnx.merge(graph, weights, others)(x_BTD, sight, layer, self.key, self.layout, group_cache)
+            output = nnx.merge(graph, adapters, weights, others)(
+                x_BTD, sight, layer, self.key, self.layout, group_cache
+            )
             if output.cache is not None:
                 cache = output.cache.cache
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache), (output.stats, inputs_PBTD)
 
-        of_groups = (weights, others, landing, jnp.arange(self.repeat))
+        of_groups = (tuple(parts), landing, jnp.arange(self.repeat))
         (x_BTD, cache), found = jax.lax.scan(rematerialise(group, self.remat), (x_BTD, cache), of_groups)
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD

@@ -88,16 +88,21 @@ class Layer:
         return found
 
     def adapters(self) -> list[Weight]:
-        """Two for each of attention's weights, the first from its inputs to the rank, the second on to its outputs."""
+        """Two for each weight that has an adapter, the first from its inputs to the rank, the second on to its
+        outputs."""
         lora = self.sizes.job.lora
         if lora is None:
             return []
         return [
-            Weight(f"{weight.name}.{half}", "attention", k, n)
+            Weight(f"{weight.name}.{half}", weight.use, k, n, weight.batch)
             for weight in self.weights()
-            if weight.use == "attention"
+            if weight.name.removeprefix("w_") in lora.targets
             for half, k, n in (("a", weight.k, lora.rank), ("b", lora.rank, weight.n))
         ]
+
+    def _adapters_of(self, use: Use, *names: str) -> list[Weight]:
+        """Beside the weights of these names."""
+        return [each for each in self.adapters() if each.use == use and each.name.split(".")[0] in names]
 
     @property
     def trained(self) -> list[Weight]:
@@ -259,11 +264,13 @@ class Layer:
         if use == "dense":
             yield s.pass_over("norm", "dense", s.stream * D * self.how.passes, 3, **flags)
         inward = [s.product(name, use, s.tokens, width, D, **flags) for name in ("gate", "up")]
+        inward += [s.product(w.name, use, s.tokens, w.n, w.k, **flags) for w in self._adapters_of(use, "gate", "up")]
         yield from self._with_product(self._gather_stream(use, flags), *inward)
         yield s.pass_over("silu", use, s.tokens * width * self.how.passes, 3, **flags)
         if down:
-            down_product = s.product("down", use, s.tokens, D, width, **flags)
-            yield from self._with_product(self._scatter_stream(use, flags), down_product)
+            outward = [s.product("down", use, s.tokens, D, width, **flags)]
+            outward += [s.product(w.name, use, s.tokens, w.n, w.k, **flags) for w in self._adapters_of(use, "down")]
+            yield from self._with_product(self._scatter_stream(use, flags), *outward)
         yield s.pass_over("residual", use, s.stream * D * self.how.passes, 3, **flags)
 
     def _experts(self, flags: Flags, needed: bool) -> Iterator[Event]:
@@ -279,8 +286,10 @@ class Layer:
         (send, later_sends), (back, earlier_backs) = self.exchange.there(**flags), self.exchange.back(**flags)
         yield from alone(send)
         experts = [self._grouped(name, F, D, **flags) for name in ("gate", "up")]
+        experts += [self._grouped(w.name, w.n, w.k, **flags) for w in self._adapters_of("experts", "gate", "up")]
         experts.append(s.pass_over("silu", "experts", buffer * F * passes, self.how.gate_passes, **flags))
         experts.append(self._grouped("down", D, F, **flags))
+        experts += [self._grouped(w.name, w.n, w.k, **flags) for w in self._adapters_of("experts", "down")]
         yield from together(later_sends + earlier_backs, experts)
         shared = tuple(self._feed_forward("shared_expert", flags, down=needed)) if model.num_shared_experts else ()
         yield from beside(back, *shared)

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh, **formats_of(options))
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, adapters=options.adapters, **formats_of(options))
         if options.chat:
             _talk(model, sampling, options.system)
         else:
@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the draws (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
+    parser.add_argument(
+        "--adapters", type=Path, metavar="FOLDER", help="LoRA adapters to merge in: a run that trained some, or PEFT's"
+    )
     add_formats(parser)
     return parser
 

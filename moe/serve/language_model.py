@@ -63,6 +63,7 @@ class HunyuanMoE:
         weights: Quantized | None = None,
         activations: EightBits | None = None,
         cache: EightBits | None = None,
+        adapters: Path | str | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":
         """Loads a checkpoint folder straight onto the mesh; a model folder or the folder of a run serve as well.
@@ -75,6 +76,8 @@ class HunyuanMoE:
             activations: the weights' format, "int8" or "fp8", in which prompts are multiplied with them (W8A8); None to
                 widen them.
             cache: format in which keys and values are kept, with scales; None for that of the computation.
+            adapters: folder of LoRA adapters to merge into the weights as they are read, before these are quantized:
+                of a run that trained some, or one that PEFT wrote.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
         Raises:
@@ -82,7 +85,7 @@ class HunyuanMoE:
             MeshError, LayoutError: the mesh does not fit the devices, or the model does not fit the mesh.
         """
         folder = Path(path).expanduser()
-        pretrained = open_pretrained(folder)
+        pretrained = open_pretrained(folder, None if adapters is None else Path(adapters).expanduser())
         if isinstance(mesh, MeshConfig):
             mesh = make_mesh(mesh) if mesh.num_devices > 1 else None
         layout = SINGLE_DEVICE if mesh is None else Layout(mesh)

@@ -87,7 +87,7 @@ def write(
         )
     if texts and format != "int4":
         raise ConfigError(f"--text with --weights {format}: calibration is for int4; leave out --text")
-    config, source = pretrained.config, pretrained.source()
+    config, source = pretrained.config, pretrained.source
     settings = pretrained.settings or hunyuan_settings(config, pretrained.dtype.name)
     layers = quantized_layers(config, settings["model_type"], format)
     tensors = in_layer_order(config, settings["model_type"])

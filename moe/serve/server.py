@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh, **formats_of(options))
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, adapters=options.adapters, **formats_of(options))
         max_length = min(options.max_length, model.max_length)
         engine = Engine(model.weights, slots=options.slots, max_length=max_length)
         print("compiling …", file=sys.stderr)
@@ -248,6 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-body", type=int, default=1_000_000, help="bytes of a request (default: %(default)s)")
     parser.add_argument("--api-key", help=f"ask clients for this key; also from {KEY_VARIABLE}")
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
+    parser.add_argument(
+        "--adapters", type=Path, metavar="FOLDER", help="LoRA adapters to merge in: a run that trained some, or PEFT's"
+    )
     add_formats(parser)
     return parser
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moe.model.config import ConfigError, require_positive
 from moe.model.count import train_flops_per_token
+from moe.train.base import check_base
 from moe.train.checkpoint import CheckpointStore
 from moe.train.data import Data
 from moe.train.metrics import MetricsWriter, Record, record_of
@@ -89,6 +90,7 @@ def train(
     after the same step, the one behind that in which the first of them took the signal.
 
     Raises:
+        ConfigError: adapters go on with another base than they began with.
         DivergedError: loss or gradients are no longer finite. No checkpoint holds anything of that step.
         CheckpointError: a checkpoint cannot be written or read.
     """
@@ -105,6 +107,8 @@ def train(
                 state = state._replace(frozen=create_state().frozen)
             data.train.set_state(restored.data)
             console.print(f"resuming from the checkpoint of step {first}")
+        if blueprint.lora is not None:
+            check_base(folder.base, blueprint, state.frozen, begins=restored is None)
         if first >= config.steps:
             return Outcome(True, first, state, signal=0)
         return _Run(blueprint, data, config, folder, store, console, first).steps(state, first)

@@ -1,20 +1,15 @@
-"""Fine-tuning by low-rank adapters (moe/model/adapter.py): which parameters are trained, and how they are merged.
+"""Fine-tuning by low-rank adapters (moe/model/adapter.py): which parameters are trained.
 
 With a quantized base (`Precision.frozen`) this is QLoRA (arXiv 2305.14314).
 """
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from moe.model.adapter import LoraConfig, Projection
+from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError
 from moe.model.precision import Precision
-from moe.ops.quantize import QuantizedWeight, dequantize
-
-WEIGHTS = {Projection.q: "w_q_DNH", Projection.k: "w_k_DMH", Projection.v: "w_v_DMH", Projection.o: "w_o_NHD"}
 
 
 def trained(lora: LoraConfig | None) -> Any:
@@ -48,32 +43,3 @@ def check_frozen(precision: Precision, lora: LoraConfig | None, stages: int) -> 
             f"lora with mesh.stage={stages}: pipelines train all parameters; use these devices along mesh.data, "
             "mesh.expert or mesh.tensor"
         )
-
-
-def merged(adapters: dict[str, Any], base: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """The parameters of a model without adapters that computes the same, to rounding.
-
-    A quantized weight that has an adapter is wide afterwards, in the adapter's format; the others stay as they are.
-    """
-    found = {}
-    for name, value in base.items():
-        if name == "attention":
-            own = adapters[name]["adapters"]
-            changed = {
-                WEIGHTS[which]: _merged(value[WEIGHTS[which]], own[which.name], lora.scale)
-                for which in Projection
-                if which.name in own
-            }
-            found[name] = value | changed
-        else:
-            found[name] = merged(adapters[name], value, lora) if name in adapters else value
-    return found
-
-
-def _merged(weight: Any, adapter: dict[str, jax.Array], scale: float) -> jax.Array:
-    a, b = (adapter[name].astype(jnp.float32) for name in ("a", "b"))
-    dtype = adapter["a"].dtype if isinstance(weight, QuantizedWeight) else weight.dtype
-    wide = dequantize(weight, jnp.float32) if isinstance(weight, QuantizedWeight) else weight.astype(jnp.float32)
-    stack, rank = a.shape[0], a.shape[-1]
-    added = jnp.einsum("LIJ,LJO->LIO", a.reshape(stack, -1, rank), b.reshape(stack, rank, -1))
-    return (wide + scale * added.reshape(wide.shape)).astype(dtype)

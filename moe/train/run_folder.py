@@ -18,6 +18,9 @@ import jax
 LOGS = "logs"
 """Within a run's folder: what experiments.launch collects of the processes, before the run itself begins."""
 
+BASE = "base.json"
+"""Within a run's folder, where it trains adapters."""
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
@@ -84,6 +87,11 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
+
+    @property
+    def base(self) -> Path:
+        """What tells the frozen base from others (moe/train/base.py)."""
+        return self.path / BASE
 
     @property
     def metrics(self) -> Path:

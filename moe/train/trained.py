@@ -17,6 +17,7 @@ from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.folder import config_from_json
+from moe.model.merge import StackedAdapters
 from moe.model.parameter import SelectionBias, specs_of
 from moe.model.pieces import Piece, load
 from moe.model.precision import Precision
@@ -89,7 +90,8 @@ class TrainedModel:
             frozen = json.loads((folder / "config.json").read_text("utf-8"))["config"]
             self.config: ModelConfig = config_from_json(frozen["model"])
             self.precision = Precision(**frozen["precision"])
-            self.lora = LoraConfig(**frozen["lora"]) if frozen.get("lora") else None
+            lora = frozen.get("lora")
+            self.lora = lora and LoraConfig(**lora | {"targets": tuple(lora["targets"])})
             self.init_from: str | None = frozen["init_from"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
@@ -114,21 +116,29 @@ class TrainedModel:
         if self.tokenizer.is_file():
             shutil.copyfile(self.tokenizer, target / self.tokenizer.name)
 
-    def arrays(self, layout: Layout) -> ArraySource:
-        """The parameters on `layout`, as stored.
+    def source(self) -> CheckpointSource:
+        """The parameters, to be read piece by piece.
 
         Raises:
             ConfigError: they are adapters.
         """
         if self.lora is not None:
-            raise ConfigError(
-                f"{self.folder}: holds adapters for {self.init_from}, which this cannot take; serve the run"
-            )
-        return ArraySource(self.restore(layout)[0])
-
-    def source(self) -> CheckpointSource:
-        """The parameters piece by piece, as stored."""
+            raise ConfigError(f"{self.folder}: holds adapters for {self.init_from}, and no weights of a whole model")
         return CheckpointSource(self.checkpoint / "state")
+
+    def adapters(self) -> StackedAdapters:
+        """The adapters, to be read piece by piece.
+
+        Raises:
+            ConfigError: the run trained none.
+        """
+        if self.lora is None:
+            raise ConfigError(f"{self.folder}: trained all weights, and no adapters; give the run as the model itself")
+        return StackedAdapters(CheckpointSource(self.checkpoint / "state"), self.lora)
+
+    def balance(self, layout: Layout) -> dict[str, Any]:
+        """The routers' selection biases on `layout`."""
+        return self._restore(layout, None, ["balance"])["balance"]
 
     def restore(
         self, layout: Layout, dtype: DTypeLike | None = None, format: Quantized | None = None
@@ -140,8 +150,7 @@ class TrainedModel:
             format: of matrices that can be quantized, piece by piece; None to leave them.
         """
         if format is not None:
-            params = load(self.source(), self.config, self.specs, layout, dtype, format)
-            return params, self._restore(layout, None, ["balance"])["balance"]
+            return load(self.source(), self.config, self.specs, layout, dtype, format), self.balance(layout)
         found = self._restore(layout, dtype, ["params", "balance"])
         return found["params"], found["balance"]
 

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 from moe.model.cache import empty_cache
 from moe.model.execution import Execution
 from moe.model.hf.checkpoint import HfCheckpoint, model_specs
-from moe.model.pieces import load
+from moe.model.hf.peft import PeftFolder
+from moe.model.merge import MergedSource
+from moe.model.pieces import Source, load
 from moe.model.precision import FULL
 from moe.model.tensor_files import NewTensor, WeightsError, write_file
 from moe.model.transformer import Transformer
@@ -27,7 +29,7 @@ PROMPT, NEW = 8, 16
 """Tokens of the greedy continuation: given, and generated."""
 
 
-def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout) -> None:
+def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout, adapters: Path | None = None) -> None:
     """Writes `output`, a safetensors file, all of it float32 but the token ids:
 
     logits (B, T, V); loss (1,), the mean cross-entropy of the T-1 next tokens, nats; hidden_states.k (B, T, D), the
@@ -36,6 +38,7 @@ def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout) -> None:
 
     Args:
         folder: the checkpoint.
+        adapters: a folder that PEFT wrote, to merge into the weights; gradients are then of what was merged.
         inputs: a safetensors file with input_ids (B, T), whole numbers.
 
     Raises:
@@ -50,7 +53,10 @@ def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout) -> None:
     segments_BT = np.zeros(padded_BT.shape, np.int32)
     segments_BT[:batch] = 1
 
-    params = load(checkpoint, checkpoint.config, model_specs(checkpoint.config, FULL), layout, jnp.float32)
+    source: Source = checkpoint
+    if adapters is not None:
+        source = MergedSource(checkpoint, PeftFolder(adapters, checkpoint.config, checkpoint.family))
+    params = load(source, checkpoint.config, model_specs(checkpoint.config, FULL), layout, jnp.float32)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(checkpoint.config, FULL, Execution(), rngs=nnx.Rngs(0))))
     # GPUs would round the inputs of float32 products to fewer bits.
     with jax.default_matmul_precision("highest"):

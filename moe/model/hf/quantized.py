@@ -141,10 +141,10 @@ class QuantizedCheckpoint:
         self.settings: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
         where = str(folder / "config.json")
         self.format = read_format(self.settings[SETTING], where)
-        family, self.config = model_config({k: v for k, v in self.settings.items() if k != SETTING}, where)
+        self.family, self.config = model_config({k: v for k, v in self.settings.items() if k != SETTING}, where)
         self._files = TensorFolder(folder)
-        self._layers = quantized_layers(self.config, family, self.format)
-        self._tensors = {(t.piece.path, t.piece.index): t for t in hf_tensors(self.config, family)}
+        self._layers = quantized_layers(self.config, self.family, self.format)
+        self._tensors = {(t.piece.path, t.piece.index): t for t in hf_tensors(self.config, self.family)}
         self._check()
 
     def dtype(self, piece: Piece) -> np.dtype:

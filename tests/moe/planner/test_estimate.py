@@ -1,9 +1,10 @@
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from moe.model.adapter import LoraConfig
+from moe.model.adapter import LoraConfig, Target
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
@@ -200,6 +201,18 @@ def test_adapters_spare_the_gradients_of_what_is_frozen():
     assert products(lora, True) == pytest.approx(products(whole, True) / 2 + 2 * adapters)
     update = sum(run.bytes for _, run in lora.runs() if run.name == "adamw")
     assert update == pytest.approx(32 * 8 * 16 * (2 * (D + heads) + 2 * (D + kv)))
+
+
+def test_adapters_on_experts_are_products_of_their_rows():
+    few, all_targets = (
+        estimate_work(job(lora=LoraConfig(rank=16, targets=targets)), 8)
+        for targets in (("q", "k", "v", "o"), get_args(Target))
+    )
+    found = all_targets.flops - few.flops
+    # Of each token's two routed experts and the shared one three adapters, forward and twice that backward.
+    assert found == pytest.approx(3 * 2 * 64 * 1024 * 8 * 3 * 3 * 16 * (512 + 1024))
+    grouped = [t * run.flops for t, run in all_targets.runs() if run.name == "down.a" and run.kind == "grouped_matmul"]
+    assert sum(grouped) == pytest.approx(2 * 64 * 1024 * 2 * 8 * 1024 * 16)
 
 
 @pytest.mark.parametrize(("format", "number"), [(None, 3 * 2), ("fp8", (1 + 2 / 64) + 2 * 2)])
