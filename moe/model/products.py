@@ -39,6 +39,16 @@ class Products(nnx.Module):
         """The einsum of x, in the compute format, and a weight."""
         return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
 
+    def watch(self, stack: tuple[int, ...]) -> None:
+        """Gives each product a history, of one step where it has none.
+
+        Args:
+            stack: the axis of stacked layers, where they are.
+        """
+        for name in self.names:
+            if name not in self.histories:
+                self.histories[name] = MagnitudeHistory(jnp.zeros((*stack, 3, 1), jnp.float32))
+
     def history(self, name: str) -> jax.Array | None:
         return self.histories[name][...] if name in self.histories else None
 
