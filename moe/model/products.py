@@ -10,8 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from moe.model.parameter import used
 from moe.model.precision import Precision

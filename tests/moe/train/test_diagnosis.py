@@ -1,15 +1,10 @@
 """The first tensor that goes wrong, where one is made to."""
 
-import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 
-from moe.model.precision import FULL, Precision
+from moe.model.precision import Precision
 from moe.train.diagnosis import first_wrong
-from parallel.layout import SINGLE_DEVICE
 from tests.moe.train.test_scaled import batch_of, blueprint_of
 
 
