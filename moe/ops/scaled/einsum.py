@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
+from moe.ops.scaled.partitioned import block_scaled_einsum
 from moe.ops.scaled.quantize import Scaled, multiplied, quantize, spread, sum_dtype, widened
 from moe.ops.scaled.recipe import Recipe, Split
 from parallel.platform import platform
@@ -90,7 +91,7 @@ def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:
     left, right, out = _letters(spec)
     if _scaled_along_the_sum(a, left, out) or _scaled_along_the_sum(b, right, out):
         if platform() == "gpu":
-            raise NotImplementedError
+            return block_scaled_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
         return jnp.einsum(spec, widened(a), widened(b), preferred_element_type=jnp.float32).astype(dtype)
     x, w = (a.values, b.values) if platform() == "gpu" else (multiplied(a), multiplied(b))
     # The highest precision keeps sums of fp8 in float32, where a tensor core would drop bits of them.
