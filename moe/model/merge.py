@@ -57,7 +57,7 @@ def _added(weight: Any, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
 
     @partial(jax.jit, out_shardings=sharding)
     def add(weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda layer: _added_to_layer(*layer, scale, dtype), (weight, a, b))
+        return jax.lax.map(lambda layer: _added_to_layer(layer[0], layer[1], layer[2], scale, dtype), (weight, a, b))
 
     return add(weight, a, b)
 
