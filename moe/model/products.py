@@ -42,11 +42,10 @@ class Products(nnx.Module):
             return frozen_einsum(spec, x, as_kept(weight, layout))
         return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
 
-<<<<<<< HEAD
     def keeps_weights(self, length: int) -> bool:
         """Whether texts of T tokens are multiplied with quantized matrices as these are."""
         return self.quantizes_rows and length > 1
-=======
+
     def watch(self, stack: tuple[int, ...]) -> None:
         """Gives each product a history, of one step where it has none.
 
@@ -56,7 +55,6 @@ class Products(nnx.Module):
         for name in self.names:
             if name not in self.histories:
                 self.histories[name] = MagnitudeHistory(jnp.zeros((*stack, 3, 1), jnp.float32))
->>>>>>> compute
 
     def history(self, name: str) -> jax.Array | None:
         return self.histories[name][...] if name in self.histories else None

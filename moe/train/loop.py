@@ -15,12 +15,8 @@ from rich.console import Console
 
 from moe.model.config import ConfigError, require_positive
 from moe.model.count import train_flops_per_token
-<<<<<<< HEAD
 from moe.train.base import check_base
-from moe.train.checkpoint import CheckpointStore
-=======
 from moe.train.checkpoint import CheckpointError, CheckpointStore
->>>>>>> compute
 from moe.train.data import Data
 from moe.train.diagnosis import OVERFLOW, first_wrong
 from moe.train.metrics import MetricsWriter, Record, record_of
@@ -95,13 +91,9 @@ def train(
     after the same step, the one behind that in which the first of them took the signal.
 
     Raises:
-<<<<<<< HEAD
         ConfigError: adapters go on with another base than they began with.
-        DivergedError: loss or gradients are no longer finite. No checkpoint holds anything of that step.
-=======
         DivergedError: loss or gradients are no longer finite, or delayed scaling cuts off nearly all of a tensor; it
             names the first tensor that went wrong. No checkpoint holds anything of that step.
->>>>>>> compute
         CheckpointError: a checkpoint cannot be written or read.
     """
     store = CheckpointStore(
@@ -109,21 +101,7 @@ def train(
     )
     run = _Run(blueprint, data, config, folder, store, console, create_state)
     try:
-<<<<<<< HEAD
-        restored = store.restore_latest(blueprint.abstract_state(), console.print)
-        if restored is None:
-            first, state = 0, create_state()
-        else:
-            first, state = restored.step, restored.state
-            if blueprint.lora is not None:
-                state = state._replace(frozen=create_state().frozen)
-            data.train.set_state(restored.data)
-            console.print(f"resuming from the checkpoint of step {first}")
-        if blueprint.lora is not None:
-            check_base(folder.base, blueprint, state.frozen, begins=restored is None)
-=======
         first, state = run.begin()
->>>>>>> compute
         if first >= config.steps:
             return Outcome(True, first, state, signal=0)
         if first:
@@ -159,12 +137,12 @@ class _Run:
         data go on from there."""
         restored = self.store.restore_latest(self.blueprint.abstract_state(), self.console.print)
         self.data.train.set_state(self.beginning if restored is None else restored.data)
-        if restored is None:
-            return 0, self.create_state()
-        state = restored.state
+        first, state = (0, self.create_state()) if restored is None else (restored.step, restored.state)
         if self.blueprint.lora is not None:
-            state = state._replace(frozen=self.create_state().frozen)
-        return restored.step, state
+            if restored is not None:
+                state = state._replace(frozen=self.create_state().frozen)
+            check_base(self.folder.base, self.blueprint, state.frozen, begins=restored is None)
+        return first, state
 
     def steps(self, state: TrainState, first_step: int) -> Outcome:
         """From `first_step` steps taken to the last, or to a signal."""
