@@ -119,7 +119,7 @@ def largest(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(history: jax.Array, times: int) -> jax.Array:
-    """A history for each of several uses, [times, 3, H]: parts of the same product. Their largest magnitudes are its."""
+    """A history for each of several parts of a product, [times, 3, H]; it takes their largest magnitudes."""
     return jnp.broadcast_to(history, (times, *history.shape))
 
 

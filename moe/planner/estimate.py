@@ -27,7 +27,11 @@ def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -
     Args:
         devices_per_node: consecutive devices of the mesh that share a node.
         how: what the settings leave open; our own programs by default.
+
+    Raises:
+        ConfigError: as of `Job.check_estimated`.
     """
+    job.check_estimated()
     step = _Step(Sizes(job, devices_per_node), how)
     return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe.model.adapter import LoraConfig
-from moe.model.config import ModelConfig, RouterConfig
+from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
@@ -225,3 +225,10 @@ def test_a_kernel_says_where_it_belongs():
         "optimizer",
     }
     assert all(isinstance(run, Run) and run.bytes > 0 for run in runs)
+
+
+def test_products_in_8_bits_are_not_estimated():
+    with pytest.raises(ConfigError, match="precision.matmuls='fp8': what products in 8 bits take is not estimated"):
+        estimate_work(job(precision=Precision(matmuls="fp8")), 8)
+    # Serving computes in the wide format.
+    estimate_work(job("decode", precision=Precision(matmuls="fp8")), 8)

@@ -1,6 +1,5 @@
 """The first tensor that goes wrong, where one is made to."""
 
-
 import jax.numpy as jnp
 
 from moe.model.precision import Precision
