@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from moe.model.parameter import used
 from moe.model.precision import Precision
 from moe.ops.scaled import Recipe, Split, new_history, scaled_einsum
+from moe.ops.scaled.history import DY
 from parallel.layout import Layout
 
 SCALED_PRODUCT = "scaled_product"
@@ -29,11 +30,17 @@ class MagnitudeHistory(nnx.Variable):
 class Products(nnx.Module):
     """The products of one part of a layer with its weights, by name."""
 
-    def __init__(self, precision: Precision, names: tuple[str, ...]) -> None:
+    def __init__(self, precision: Precision, names: tuple[str, ...], *, largest_gradient: float = 0.0) -> None:
+        """
+        Args:
+            largest_gradient: the largest magnitude of the results' gradients, where it is known before the first step.
+        """
         self.names = names
         self.dtype, self.recipe = precision.compute_dtype, precision.recipe
-        histories = {name: MagnitudeHistory(new_history()) for name in names} if precision.delayed else {}
-        self.histories = nnx.Dict(histories)
+        self.histories: nnx.Dict = nnx.Dict()
+        if precision.delayed:
+            for name in names:
+                self.histories[name] = MagnitudeHistory(new_history().at[DY, 0].set(largest_gradient))
 
     def __call__(self, name: str, spec: str, x: jax.Array, weight: nnx.Param, layout: Layout) -> jax.Array:
         """The einsum of x, in the compute format, and a weight."""

@@ -148,7 +148,8 @@ def test_histories_take_the_largest_of_microbatches_and_chunks():
         found, expected = history[..., :2, :], named(whole)[name][..., :2, :]
         np.testing.assert_allclose(found, expected, rtol=1e-6 if "stacks.0.blocks.0.attention" in name else 0.05)
         assert (history[..., 0] > 0).all()
-        assert (history[..., 1:] == 0).all()
+        # What was known of the head's gradients before the first step.
+        assert history[..., 1:].sum() == (1 if name == "products.histories.head" else 0)
 
 
 @pytest.mark.slow
