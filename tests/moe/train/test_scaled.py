@@ -34,9 +34,11 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def blueprint_of(precision: Precision, layout: Layout = SINGLE_DEVICE, **execution) -> Blueprint:
+def blueprint_of(
+    precision: Precision, layout: Layout = SINGLE_DEVICE, model: ModelConfig = MODEL, **execution
+) -> Blueprint:
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=1)
-    return make_blueprint(MODEL, precision, Execution(**execution), optimizer, layout, steps=200)
+    return make_blueprint(model, precision, Execution(**execution), optimizer, layout, steps=200)
 
 
 def batch_of(seed: int = 0) -> Batch:
@@ -136,6 +138,17 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, scaling):
     assert away(gradients, expected) < 1e-5
     assert_trees_equal_to_scale(histories, expected_histories)
     assert bool(jax.tree.leaves(histories)) == (scaling == "delayed")
+
+
+@pytest.mark.slow
+def test_stages_give_the_loss_and_gradients_of_one_device():
+    """With as many microbatches, each of which has scales of its own."""
+    given = dataclasses.replace(FULL, matmuls="int8"), None, 2
+    model = dataclasses.replace(MODEL, num_dense_layers=0, router=RouterConfig(top_k=2, balance="none"))
+    loss, gradients, _ = one_step(given[0], MeshConfig(stage=2, data=2, tensor=2), 2, model=model)
+    expected_loss, expected, _ = one_step(*given, model=model)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert away(gradients, expected) < 1e-5
 
 
 @pytest.mark.slow
