@@ -20,7 +20,7 @@ from moe.model.products import MagnitudeHistory
 from moe.model.transformer import Transformer, layer_groups
 from moe.ops.scaled import Recipe
 from moe.ops.scaled.history import DY, W, X
-from moe.ops.scaled.quantize import scales_for
+from moe.ops.scaled.quantize import ALL, EACH, largest_magnitude, scales_for
 from moe.train.checkpoint import named
 from moe.train.data import Batch
 from moe.train.objective import make_objective
@@ -106,11 +106,12 @@ def _watched(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
 
 
 def _by_layer(tree: Any) -> Any:
-    """The largest magnitudes of arrays; of those that are stacked, which stand in "stacks", by layer of the stack."""
+    """The largest magnitudes of arrays, infinity where a number is not finite; of those in "stacks" by layer."""
 
     def largest(path: Any, x: jax.Array) -> jax.Array:
         stacked = any(getattr(key, "key", None) == "stacks" for key in path)
-        return jnp.abs(x.astype(jnp.float32)).max(tuple(range(1 if stacked else 0, x.ndim)))
+        by_layer = (EACH, *(ALL,) * (x.ndim - 1)) if stacked else (ALL,) * x.ndim
+        return largest_magnitude(x.astype(jnp.float32), by_layer).reshape(-1 if stacked else ())
 
     return jax.tree_util.tree_map_with_path(largest, tree)
 
@@ -160,7 +161,8 @@ def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]
 def _told(found: Seen, recipe: Recipe | None) -> str:
     finite = np.isfinite(found.largest)
     problem = f"over its format's range more than {OVERFLOW:g} times" if finite else "not finite"
-    sentence = f"the first tensor that is {problem} is {found.name}: its largest magnitude is {found.largest:.6g}"
+    largest = f"{found.largest:.6g}" if finite else "infinite, or no number"
+    sentence = f"the first tensor that is {problem} is {found.name}: its largest magnitude is {largest}"
     if recipe is None or found.dtype is None:
         return sentence
     if recipe.scaling in ("row", "block"):
