@@ -84,7 +84,7 @@ class Experts(nnx.Module):
             ]
         return ExpertWeights(
             *specs,
-            dict.fromkeys(self.products.histories, layout.each_device().spec),
+            {name: layout.each_device().spec for name in self.products.histories},
             {name: adapter.specs(layout) for name, adapter in self.adapters.items()},
         )
 

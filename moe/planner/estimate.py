@@ -30,13 +30,9 @@ def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -
         how: what the settings leave open; our own programs by default.
 
     Raises:
-        ConfigError: products with quantized matrices, which are not estimated.
+        ConfigError: as of `Job.check_estimated`.
     """
-    if job.kind == "prefill" and job.precision.activations is not None:
-        raise ConfigError(
-            f"precision.activations={job.precision.activations!r}: a prefill's products in 8 bits are not estimated; "
-            "compile it (make plan-setup), or set none"
-        )
+    job.check_estimated()
     step = _Step(Sizes(job, devices_per_node), how)
     return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")
 
