@@ -77,7 +77,7 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
         return dequantize(as_kept(param, layout), dtype)
-    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered"))
+    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered", None))
 
 
 def as_kept(param: nnx.Param, layout: Layout) -> Any:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe.model.config import ConfigError
 from moe.model.transformer import layer_groups
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
