@@ -69,6 +69,11 @@ class Job:
                 f"precision.matmuls={self.precision.matmuls!r}: what products in 8 bits take is not estimated; plan "
                 "without --estimate (make plan-setup), or set precision.matmuls=none"
             )
+        if self.kind == "train" and self.optimizer.kind != "adamw":
+            raise ConfigError(
+                f"optimizer.kind={self.optimizer.kind!r}: only AdamW's update can be estimated; plan without --estimate, "
+                "which compiles the step, or set kind='adamw'"
+            )
         if self.kind == "prefill" and self.precision.activations is not None:
             raise ConfigError(
                 f"precision.activations={self.precision.activations!r}: a prefill's products in 8 bits are not "
