@@ -64,20 +64,16 @@ class Job:
         Raises:
             ConfigError: something of which only a compiled program tells.
         """
-        if self.kind == "train" and self.precision.matmuls is not None:
+        name = {"train": "matmuls", "prefill": "activations"}.get(self.kind)
+        if name is not None and (format := getattr(self.precision, name)) is not None:
             raise ConfigError(
-                f"precision.matmuls={self.precision.matmuls!r}: what products in 8 bits take is not estimated; plan "
-                "without --estimate (make plan-setup), or set precision.matmuls=none"
+                f"precision.{name}={format!r}: what products in 8 bits take is not estimated; plan "
+                f"without --estimate (make plan-setup), or set precision.{name}=none"
             )
         if self.kind == "train" and self.optimizer.kind != "adamw":
             raise ConfigError(
-                f"optimizer.kind={self.optimizer.kind!r}: only AdamW's update can be estimated; plan without --estimate, "
-                "which compiles the step, or set kind='adamw'"
-            )
-        if self.kind == "prefill" and self.precision.activations is not None:
-            raise ConfigError(
-                f"precision.activations={self.precision.activations!r}: a prefill's products in 8 bits are not "
-                "estimated; compile it (make plan-setup), or set none"
+                f"optimizer.kind={self.optimizer.kind!r}: only AdamW's update can be estimated; plan without "
+                "--estimate, which compiles the step, or set kind='adamw'"
             )
 
     def to_json(self) -> str:

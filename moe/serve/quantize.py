@@ -118,7 +118,7 @@ def write(
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _rounded(values: np.ndarray, axes: str, format: Quantized) -> QuantizedWeight:
+def _rounded(values: Any, axes: str, format: Quantized) -> QuantizedWeight:
     return quantized(values, axes, format)
 
 

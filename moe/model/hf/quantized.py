@@ -87,7 +87,8 @@ class Layer(NamedTuple):
 
     def from_arrays(self, arrays: list[np.ndarray]) -> QuantizedWeight:
         """The inverse of `to_arrays`."""
-        values, scales = arrays[0], arrays[1].astype(self.weight.scales.dtype)
+        values: Any = arrays[0]
+        scales: Any = arrays[1].astype(self.weight.scales.dtype)
         if self.weight.format == "int4":
             values = values.view(np.uint8)
         values, scales = values.T.reshape(self.weight.values.shape), scales.T.reshape(self.weight.scales.shape)
