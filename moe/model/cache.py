@@ -1,43 +1,39 @@
-"""The key-value cache: one K and one V for each cross-layer group, whatever the number of its layers."""
+"""The key-value cache: one K and one V for each cross-layer group, whatever the number of its layers.
+
+With `precision.cache` "int8" or "fp8" each token's head is kept in 8 bits with a scale of its own, its largest
+magnitude / 127 or 448 in bfloat16 (2 bytes for H values), and widened where attention reads it. A token is quantized by
+itself when it comes, so what is kept of it depends on no other token, and no later one changes it. KIVI (arXiv
+2402.02750 §3) finds keys to need scales by channel at 2 bits; at 8, scales by token serve both.
+"""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
+from moe.ops.quantize import EIGHT_BITS, EightBits, dequantize_rows, quantize_rows
 from parallel.layout import SINGLE_DEVICE, Layout
 
 
-class GroupCache(NamedTuple):
-    """One group's part of the whole cache, which is passed along so that it is written in place."""
+class Kept(NamedTuple):
+    """Keys or values as the cache keeps them. scales_BTM: bf16; None where the values are wide."""
 
-    k_BGSMH: jax.Array
-    v_BGSMH: jax.Array
-    group: jax.Array
+    values_BTMH: jax.Array
+    scales_BTM: jax.Array | None
 
-    def append(
-        self, k_BTMH: jax.Array, v_BTMH: jax.Array, start_B: jax.Array
-    ) -> tuple[jax.Array, jax.Array, "GroupCache"]:
-        """Writes the keys and values of T new tokens from slot start_B on.
-
-        Returns:
-            k_BSMH and v_BSMH of the group, old and new, and the cache.
-        """
-
-        def write(cache_GSMH: jax.Array, new_TMH: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(cache_GSMH, new_TMH[None], (self.group, start, 0, 0))
-
-        k_BGSMH = jax.vmap(write)(self.k_BGSMH, k_BTMH.astype(self.k_BGSMH.dtype), start_B)
-        v_BGSMH = jax.vmap(write)(self.v_BGSMH, v_BTMH.astype(self.v_BGSMH.dtype), start_B)
-        k_BSMH, v_BSMH = (jax.lax.dynamic_index_in_dim(x, self.group, 1, keepdims=False) for x in (k_BGSMH, v_BGSMH))
-        return k_BSMH, v_BSMH, GroupCache(k_BGSMH, v_BGSMH, self.group)
+    def widened(self, dtype: DTypeLike) -> jax.Array:
+        """x_BTMH in the compute format."""
+        if self.scales_BTM is None:
+            return self.values_BTMH.astype(dtype)
+        return dequantize_rows(self.values_BTMH, self.scales_BTM, dtype)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of B rows for S slots in each of G groups, each array [B, G, S, M, H].
+    """Keys and values of B rows for S slots in each of G groups.
 
     Keys have RoPE and, with a norm after RoPE, its division, but no key-norm weight: that differs from layer to layer
     of a group and is folded into the queries (moe/model/attention.py). The release keeps one cache a layer instead.
@@ -45,6 +41,8 @@ class KVCache(NamedTuple):
 
     k_BGSMH: jax.Array
     v_BGSMH: jax.Array
+    k_scales_BGSM: jax.Array | None = None
+    v_scales_BGSM: jax.Array | None = None
 
     @property
     def num_slots(self) -> int:
@@ -53,16 +51,56 @@ class KVCache(NamedTuple):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one token of one row, over all groups, bytes."""
-        return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in self)
+        """Of one token of one row, over all groups and with scales, bytes."""
+        return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in jax.tree.leaves(self))
 
-    def group(self, index: jax.Array) -> GroupCache:
+    def kept(self, x_BTMH: jax.Array) -> Kept:
+        """Keys or values in this cache's format."""
+        dtype = self.k_BGSMH.dtype
+        if self.k_scales_BGSM is None:
+            return Kept(x_BTMH.astype(dtype), None)
+        return Kept(*quantize_rows(x_BTMH, "int8" if dtype == jnp.int8 else "fp8", jnp.bfloat16))
+
+    def group(self, index: jax.Array) -> "GroupCache":
         """The view through which one group reads and writes."""
-        return GroupCache(self.k_BGSMH, self.v_BGSMH, index)
+        return GroupCache(self, index)
+
+
+class GroupCache(NamedTuple):
+    """One group's part of the whole cache, which is passed along so that it is written in place."""
+
+    cache: KVCache
+    group: jax.Array
+
+    def append(
+        self, k_BTMH: jax.Array, v_BTMH: jax.Array, start_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "GroupCache"]:
+        """Writes the keys and values of T new tokens from slot start_B on.
+
+        Returns:
+            k_BSMH and v_BSMH of the group, old and new, in the format of the new ones; and the cache.
+        """
+
+        def write(cache_GS: jax.Array, new_T: jax.Array, start: jax.Array) -> jax.Array:
+            first = (self.group, start) + (0,) * (new_T.ndim - 1)
+            return jax.lax.dynamic_update_slice(cache_GS, new_T[None], first)
+
+        k, v = (self.cache.kept(x_BTMH) for x_BTMH in (k_BTMH, v_BTMH))
+        new = KVCache(k.values_BTMH, v.values_BTMH, k.scales_BTM, v.scales_BTM)
+        cache: KVCache = jax.tree.map(lambda old, new: jax.vmap(write)(old, new, start_B), self.cache, new)
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.group, 1, keepdims=False), cache)
+        k_BSMH = Kept(own.k_BGSMH, own.k_scales_BGSM).widened(k_BTMH.dtype)
+        v_BSMH = Kept(own.v_BGSMH, own.v_scales_BGSM).widened(v_BTMH.dtype)
+        return k_BSMH, v_BSMH, GroupCache(cache, self.group)
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, num_slots: int, dtype: DTypeLike, layout: Layout = SINGLE_DEVICE
+    config: ModelConfig,
+    batch: int,
+    num_slots: int,
+    dtype: DTypeLike,
+    layout: Layout = SINGLE_DEVICE,
+    format: EightBits | None = None,
 ) -> KVCache:
     """A cache of zeros.
 
@@ -70,7 +108,16 @@ def empty_cache(
         batch: B, rows; split over the mesh as a batch is.
         num_slots: S, tokens that a row can hold.
         dtype: of keys and values, usually the compute format.
+        format: in which they are kept instead, with scales; None for none.
     """
     groups = math.ceil(config.num_layers / config.cla_factor)
-    shape = (batch, groups, num_slots, config.num_kv_heads, config.head_dim)
-    return KVCache(*(layout.constrain(jnp.zeros(shape, dtype), "BGSMH") for _ in range(2)))
+    shape = (batch, groups, num_slots, config.num_kv_heads)
+    values_dtype = dtype if format is None else EIGHT_BITS[format].dtype
+    keys, values = (jnp.zeros((*shape, config.head_dim), values_dtype) for _ in range(2))
+    scales = [None, None] if format is None else [jnp.ones(shape, jnp.bfloat16) for _ in range(2)]
+    return placed_cache(KVCache(keys, values, *scales), layout.constrain)
+
+
+def placed_cache(cache: KVCache, place: Callable[[jax.Array, str], Any]) -> Any:
+    """`place` of each array, with the letters of its axes: scales lie where their values do."""
+    return jax.tree.map(lambda x: place(x, "BGSMH"[: x.ndim]), cache)

@@ -9,24 +9,25 @@ from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import matrix, used
+from moe.model.parameter import as_kept, matrix, placed, used
 from moe.model.precision import Precision
 from moe.model.products import Products, recorded, split_of, spread
 from moe.ops.grouped_matmul import grouped_matmul
-from moe.ops.scaled import Recipe, Split, scaled_grouped_matmul
+from moe.ops.quantize import QuantizedWeight
+from moe.ops.scaled import Recipe, Split, frozen_grouped_matmul, scaled_grouped_matmul
 from parallel.layout import Layout
 
 
 class ExpertWeights(NamedTuple):
-    """One layer's experts in the compute format: w_gate_EDF, w_up_EDF, w_down_EFD. Inside `jax.shard_map` E are this
-    device's own, and F its part of their width.
+    """One layer's experts in the compute format, or quantized where rows will be too: w_gate_EDF, w_up_EDF, w_down_EFD.
+    Inside `jax.shard_map` E are this device's own, and F its part of their width.
 
     histories: of the three products, each as often as there are devices; empty where they have none.
     """
 
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+    gate_EDF: jax.Array | QuantizedWeight
+    up_EDF: jax.Array | QuantizedWeight
+    down_EFD: jax.Array | QuantizedWeight
     histories: dict[str, jax.Array]
 
 
@@ -41,17 +42,27 @@ class Experts(nnx.Module):
         self.w_up_EDF = matrix("EDF", (E, D, F), "expert", config.init_std, precision, rngs)
         self.w_down_EFD = matrix("EFD", (E, F, D), "expert", config.init_std, precision, rngs)
 
-    def weights(self, layout: Layout) -> ExpertWeights:
-        """The weights as used: each device holds its own experts, or its part of their width."""
+    def weights(self, layout: Layout, length: int) -> ExpertWeights:
+        """The weights as used on texts of T tokens: each device holds its own experts, or its part of their width."""
+        keeps = self.products.keeps_weights(length)
         devices = 1 if layout.mesh is None else layout.mesh.size
         return ExpertWeights(
-            *(used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)),
+            *(as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices),
             {name: spread(history[...], devices) for name, history in self.products.histories.items()},
         )
 
-    def specs(self, layout: Layout) -> ExpertWeights:
+    @property
+    def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+        return self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD
+
+    def specs(self, layout: Layout, length: int) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
         specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
+        if self.products.keeps_weights(length):
+            specs = [
+                placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
+                for w in self._matrices
+            ]
         return ExpertWeights(*specs, dict.fromkeys(self.products.histories, layout.each_device().spec))
 
 
@@ -88,8 +99,10 @@ def apply_experts(
     """
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
 
-    def product(name: str, x: jax.Array, w: jax.Array, axes: Split) -> jax.Array:
+    def product(name: str, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
         history, backend = weights.histories.get(name), execution.grouped_matmul
+        if isinstance(w, QuantizedWeight):
+            return frozen_grouped_matmul(x, w, counts_E)
         if recipe is None:
             return recorded(grouped_matmul(x, w, counts_E, backend=backend), x, w, history, owned_R1)
         multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)

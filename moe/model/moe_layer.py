@@ -133,11 +133,11 @@ class MoELayer(nnx.Module):
             return y_BTD, layout.mean_over_devices(sent)
 
         with jax.named_scope("experts"):
-            weights = self.experts.weights(layout)
+            weights = self.experts.weights(layout, x_BTD.shape[1])
         if layout.mesh is None:
             return on_each_device(x_BTD, experts_BTK, weights_BTK, weights)
         tokens = layout.activation_spec("BTD")
-        specs = (tokens, tokens, tokens, self.experts.specs(layout))
+        specs = (tokens, tokens, tokens, self.experts.specs(layout, x_BTD.shape[1]))
         routed = layout.shard_map(on_each_device, specs, (tokens, layout.whole_spec))
         return routed(x_BTD, experts_BTK, weights_BTK, weights)
 

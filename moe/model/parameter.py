@@ -56,8 +56,13 @@ def norm_scale(axis: str, size: int, precision: Precision) -> nnx.Param:
 
 def quantized(values: jax.Array, axes: str, format: Quantized) -> QuantizedWeight:
     """A matrix in a quantized format; `axes` are its own, without L."""
+    return quantize(values, format, summed_of(axes))
+
+
+def summed_of(axes: str) -> tuple[int, ...]:
+    """The places of `summed_axes`, counted from the end."""
     summed = summed_axes(axes)
-    return quantize(values, format, tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed))
+    return tuple(i - len(axes) for i, letter in enumerate(axes) if letter in summed)
 
 
 def summed_axes(axes: str) -> str:
@@ -70,8 +75,13 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
-        return dequantize(placed(weight, axes, layout, layout.gather), dtype)
+        return dequantize(as_kept(param, layout), dtype)
     return layout.gather(weight.astype(dtype), axes)
+
+
+def as_kept(param: nnx.Param, layout: Layout) -> Any:
+    """A weight gathered in the format in which it is stored."""
+    return placed(param.get_value(), param.get_metadata("axes"), layout, layout.gather)
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:

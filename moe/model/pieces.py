@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from moe.model.config import ModelConfig
 from moe.model.parameter import QUANTIZED_KINDS, ParameterSpec, placed, quantized
 from moe.model.transformer import layer_groups
-from moe.ops.quantize import Quantized
+from moe.ops.quantize import Quantized, QuantizedWeight
 from parallel.layout import Layout
 
 Path = tuple[str | int, ...]
@@ -49,7 +49,7 @@ class Source(Protocol):
         """In which the piece is stored."""
 
     def read(self, piece: Piece) -> np.ndarray:
-        """The piece's values, of its shape."""
+        """The piece's values, of its shape; or a QuantizedWeight, where the source's matrices are quantized already."""
 
 
 def parameters(specs: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, ParameterSpec]]:
@@ -95,7 +95,8 @@ def load(
 
     Args:
         dtype: of the arrays; None as stored.
-        format: of matrices that can be quantized, each piece as it arrives; None to leave them.
+        format: of matrices that can be quantized, each piece as it arrives; None to leave them. That of a source whose
+            matrices are quantized already.
 
     Raises:
         WeightsError: a piece is missing or damaged.
@@ -139,6 +140,8 @@ class _Stacked:
         return jax.tree.map(_Buffers.whole, self.arrays)
 
     def _stored(self, values: Any, axes: str) -> Any:
+        if isinstance(values, QuantizedWeight):
+            return values
         if self.format is None:
             return values.astype(self.dtype)
         return jax.jit(quantized, static_argnums=(1, 2))(jnp.asarray(values), axes, self.format)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ConfigError
-from moe.ops.quantize import Quantized
+from moe.ops.quantize import EightBits, Quantized
 from moe.ops.scaled import Format as Scaled
 from moe.ops.scaled import Recipe, Scaling
 
@@ -27,6 +27,10 @@ class Precision:
         dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
         they are stored and widened for their one use. In training set execution.remat as well: what is not computed
         again in the backward pass is kept wide.
+    activations: in which a model that serves multiplies texts of several tokens, as a prefill does, with its quantized
+        matrices: these stay as they are, and rows are quantized as they come (moe/ops/scaled/frozen.py). As `frozen`,
+        "int8" or "fp8"; None widens the matrices. A single token's products wait for memory, and widen them always.
+    cache: in which a model that serves keeps keys and values, with scales (moe/model/cache.py); None as `compute`.
     matmuls: in which the products with the weights of attention, experts, dense layers and the head are computed in
         training, forward and both backward ones (moe/ops/scaled); None in `compute`. Weights and activations between
         the products keep their formats, and the products with adapters and routers theirs.
@@ -40,6 +44,8 @@ class Precision:
     gradients: Format = "float32"
     exchange: Format = "bfloat16"
     frozen: Format | Quantized | None = None
+    activations: EightBits | None = None
+    cache: EightBits | None = None
     matmuls: Scaled | None = None
     scaling: Scaling = "tensor"
 
@@ -51,6 +57,16 @@ class Precision:
         known = (*get_args(Format), *get_args(Quantized))
         if self.frozen is not None and self.frozen not in known:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
+        if self.activations is not None and (
+            self.activations not in get_args(EightBits) or self.activations != self.frozen
+        ):
+            raise ConfigError(
+                f"precision.activations={self.activations!r} with precision.frozen={self.frozen!r}: give both "
+                "as 'int8' or 'fp8', or activations=none"
+            )
+        if self.cache is not None and self.cache not in get_args(EightBits):
+            told = ", ".join(get_args(EightBits))
+            raise ConfigError(f"precision.cache={self.cache!r}: give one of {told}, or none for the compute format")
         if self.matmuls is not None and self.matmuls not in get_args(Scaled):
             raise ConfigError(f"precision.matmuls={self.matmuls!r}: give one of {', '.join(get_args(Scaled))}, or none")
         if self.scaling not in get_args(Scaling):

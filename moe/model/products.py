@@ -13,9 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moe.model.parameter import used
+from moe.model.parameter import as_kept, used
 from moe.model.precision import Precision
-from moe.ops.scaled import Recipe, Split, new_history, scaled_einsum
+from moe.ops.scaled import Recipe, Split, frozen_einsum, new_history, scaled_einsum
 from moe.ops.scaled.history import DY
 from parallel.layout import Layout
 
@@ -37,14 +37,21 @@ class Products(nnx.Module):
         """
         self.names = names
         self.dtype, self.recipe = precision.compute_dtype, precision.recipe
+        self.quantizes_rows = precision.activations is not None
         self.histories: nnx.Dict = nnx.Dict()
         if precision.delayed:
             for name in names:
                 self.histories[name] = MagnitudeHistory(new_history().at[DY, 0].set(largest_gradient))
 
     def __call__(self, name: str, spec: str, x: jax.Array, weight: nnx.Param, layout: Layout) -> jax.Array:
-        """The einsum of x, in the compute format, and a weight."""
+        """The einsum of x, in the compute format, and a weight. x: [B, T, ...]."""
+        if self.keeps_weights(x.shape[1]):
+            return frozen_einsum(spec, x, as_kept(weight, layout))
         return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
+
+    def keeps_weights(self, length: int) -> bool:
+        """Whether texts of T tokens are multiplied with quantized matrices as these are."""
+        return self.quantizes_rows and length > 1
 
     def watch(self, stack: tuple[int, ...]) -> None:
         """Gives each product a history, of one step where it has none.

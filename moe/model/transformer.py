@@ -223,7 +223,7 @@ class GroupScan(NamedTuple):
             group_cache = None if cache is None else cache.group(self.first_group + place)
             output = nnx.merge(graph, weights, others)(x_BTD, sight, layer, self.key, self.layout, group_cache)
             if output.cache is not None:
-                cache = KVCache(output.cache.k_BGSMH, output.cache.v_BGSMH)
+                cache = output.cache.cache
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache), (output.stats, inputs_PBTD)
 

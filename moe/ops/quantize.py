@@ -14,13 +14,28 @@ int4 and 0.25 for nf4. QLoRA's second quantization, of the scales, is not done.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Quantized = Literal["int8", "fp8", "int4", "nf4"]
+EightBits = Literal["int8", "fp8"]
+"""Formats of single values, without groups: also for keys and values, and for the rows of a product."""
+
+
+class Number(NamedTuple):
+    """How a value is stored, and the largest one."""
+
+    dtype: jnp.dtype
+    largest: float
+
+
+EIGHT_BITS: dict[EightBits, Number] = {
+    "int8": Number(jnp.dtype(jnp.int8), 127.0),
+    "fp8": Number(jnp.dtype(jnp.float8_e4m3fn), 448.0),
+}
 
 GROUPS: dict[str, int] = {"int4": 128, "nf4": 64}
 """Inputs that share a scale, at most."""
@@ -80,14 +95,10 @@ def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> Quanti
         raise ValueError(f"format {format!r}: give one of {', '.join(get_args(Quantized))}")
     axis = summed[-1]
     w = w.astype(jnp.float32)
-    if format not in GROUPS:
+    if format == "int8" or format == "fp8":
         largest = jnp.abs(w).max(summed, keepdims=True)
-        scales = jnp.where(largest == 0, 1.0, largest / (127.0 if format == "int8" else 448.0))
-        if format == "int8":
-            values = jnp.clip(jnp.round(w / scales), -127, 127).astype(jnp.int8)
-        else:
-            values = jnp.clip(w / scales, -448, 448).astype(jnp.float8_e4m3fn)
-        return QuantizedWeight(values, scales, format, axis)
+        scales = jnp.where(largest == 0, 1.0, largest / EIGHT_BITS[format].largest)
+        return QuantizedWeight(_nearest(w / scales, format), scales, format, axis)
     size = w.shape[axis]
     if size % 2:
         raise ValueError(f"{format} packs pairs along an axis of {size} values: make it even, or take int8 or fp8")
@@ -100,8 +111,13 @@ def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> Quanti
     else:
         table = jnp.array(NF4, jnp.float32)
         codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(jnp.uint8)
+    return packed(codes, scales, format, axis)
+
+
+def packed(codes: jax.Array, scales: jax.Array, format: Quantized, axis: int) -> QuantizedWeight:
+    """A matrix of 0 … 15, with two neighbours along `axis` in a byte."""
     pairs = _cut(codes, axis, 2)
-    low, high = (jax.lax.index_in_dim(pairs, i, w.ndim + axis + 1, keepdims=False) for i in (0, 1))
+    low, high = (jax.lax.index_in_dim(pairs, i, codes.ndim + axis + 1, keepdims=False) for i in (0, 1))
     return QuantizedWeight(low | (high << 4), scales, format, axis)
 
 
@@ -115,6 +131,32 @@ def dequantize(w: QuantizedWeight, dtype: DTypeLike) -> jax.Array:
     else:
         wide, scales = values.astype(jnp.float32), w.scales
     return (wide * scales).astype(dtype)
+
+
+def quantize_rows(x: jax.Array, format: EightBits, scales: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """Each row, along the last axis, with the scale of its largest magnitude.
+
+    Args:
+        scales: their format. A row whose scale it cannot hold becomes zeros.
+
+    Returns:
+        values of x's shape, and scales without its last axis. What is not finite in a row leaves its scale not finite.
+    """
+    x = x.astype(jnp.float32)
+    found = (jnp.abs(x).max(-1) / EIGHT_BITS[format].largest).astype(scales)
+    found = jnp.where(found == 0, 1, found)
+    return _nearest(x / found[..., None].astype(jnp.float32), format), found
+
+
+def dequantize_rows(values: jax.Array, scales: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rows in the compute format; rounded once, from float32."""
+    return (values.astype(jnp.float32) * scales[..., None].astype(jnp.float32)).astype(dtype)
+
+
+def _nearest(scaled: jax.Array, format: EightBits) -> jax.Array:
+    """The nearest values. A rounded scale may leave the largest a little above what the format holds."""
+    dtype, largest = EIGHT_BITS[format]
+    return jnp.clip(jnp.round(scaled) if format == "int8" else scaled, -largest, largest).astype(dtype)
 
 
 def group_size(size: int, limit: int) -> int:

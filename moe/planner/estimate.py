@@ -146,7 +146,7 @@ class _Step:
             # Rows go to whatever slots are free, so each device is sent the keys and values of all.
             groups = sum(repeat for _, repeat in self.groups())
             rows = self.job.batch_size * groups * s.length
-            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.compute)
+            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.kept)
             for name in "kv":
                 yield from alone(s.transfer(f"cache.{name}", "attention", "all-gather", BATCH_AXES, size))
         yield from alone(self._gather("head", s.compute))

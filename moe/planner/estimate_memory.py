@@ -4,16 +4,18 @@ What stays from step to step is exact (estimate_states.py). What comes and goes 
 sum of named terms: `python -m benchmarks.plan_memory` compares it with what XLA allocates. Bytes of one device.
 """
 
-import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from moe.model.cache import empty_cache, placed_cache
 from moe.model.parameter import ParameterSpec
 from moe.model.transformer import layer_groups
+from moe.ops.quantize import EightBits
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
 from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
@@ -82,7 +84,7 @@ class _Estimate:
     def serving(self) -> dict[Part, int]:
         """A prefill fills a cache of its own before it writes into the given one, and to that end has it whole on every
         device that takes a part of the batch. Where weights are gathered those of two layers are there: the next one's
-        come while one computes."""
+        come while one computes. Of a cache in 8 bits one group's part is widened for its attention."""
         groups = [group for group, _ in self.layers.groups()]
         at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
         layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
@@ -91,7 +93,7 @@ class _Estimate:
         return {
             "parameters": self.states.parameters,
             "cache": self.cache,
-            "temporaries": max(layers, self.embedding, written) + own,
+            "temporaries": max(layers + self.widened, self.embedding, written) + own,
         }
 
     # What stays.
@@ -114,11 +116,21 @@ class _Estimate:
 
     @property
     def cache(self) -> int:
-        """Keys and values of each cross-layer group."""
-        model = self.job.model
-        groups = math.ceil(model.num_layers / model.cla_factor)
-        shape = (self.job.batch_size, groups, self.job.sequence_length, model.num_kv_heads, model.head_dim)
-        return 2 * self.sizes.compute * numbers(self.layout.activation("BGSMH"), shape)
+        """Keys and values of each cross-layer group, and in 8 bits their scales."""
+        return self._cache_bytes(self.job.precision.cache)
+
+    @property
+    def widened(self) -> int:
+        """One group's part of a cache in 8 bits, in the compute format."""
+        groups = sum(count for _, count in self.layers.groups())
+        return self._cache_bytes(None) // groups if self.job.precision.cache else 0
+
+    def _cache_bytes(self, format: EightBits | None) -> int:
+        job, where = self.job, self.layout.activation
+        make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype)
+        cache = jax.eval_shape(partial(make, format=format))
+        parts = placed_cache(cache, lambda x, axes: numbers(where(axes), x.shape) * x.dtype.itemsize)
+        return sum(jax.tree.leaves(parts))
 
     # Weights, as they are used and turned, and their gradients.
 

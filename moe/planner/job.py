@@ -62,10 +62,11 @@ class Job:
         Raises:
             ConfigError: something of which only a compiled program tells.
         """
-        if self.kind == "train" and self.precision.matmuls is not None:
+        name = {"train": "matmuls", "prefill": "activations"}.get(self.kind)
+        if name is not None and (format := getattr(self.precision, name)) is not None:
             raise ConfigError(
-                f"precision.matmuls={self.precision.matmuls!r}: what products in 8 bits take is not estimated; plan "
-                "without --estimate (make plan-setup), or set precision.matmuls=none"
+                f"precision.{name}={format!r}: what products in 8 bits take is not estimated; plan "
+                f"without --estimate (make plan-setup), or set precision.{name}=none"
             )
 
     def to_json(self) -> str:

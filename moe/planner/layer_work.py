@@ -229,8 +229,9 @@ class Layer:
         pairs = float(job.sequence_length) if job.kind == "decode" else s.length * (s.length + 1) / 2
         flops = 4.0 * per_device * pairs * model.head_dim * self.how.scores
         kv = 2 * max(1, model.num_kv_heads // s.tensor) * job.sequence_length * s.sequences * model.head_dim
-        # Of a cache the group's part is copied out before it is read.
-        moved = (2 * s.tokens * heads * model.head_dim + kv * (1 if job.kind == "train" else 3)) * s.compute
+        # Of a cache the group's part is copied out, and widened, before it is read.
+        copied = 0 if job.kind == "train" else kv * (s.kept + s.compute)
+        moved = (2 * s.tokens * heads * model.head_dim + kv) * s.compute + copied
         shape = (s.sequences * heads, s.length, job.sequence_length, model.head_dim)
         return Run("scores", "attention", "attention", flops, float(moved), s.format, shape, **flags)
 

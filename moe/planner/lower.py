@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from moe.model.cache import empty_cache
+from moe.model.cache import empty_cache, placed_cache
 from moe.planner.job import Job
 from moe.serve.engine import Weights, decode, prefill
 from moe.serve.sampling import Sampling, sampling_rows
@@ -55,9 +55,12 @@ def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
 def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
     weights = Weights.abstract(job.model, job.precision, layout, job.execution)
-    make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype, layout)
-    where = layout.activation("BGSMH")
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
+    compute, format = job.precision.compute_dtype, job.precision.cache
+    make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, compute, layout, format)
+    cache = placed_cache(
+        jax.eval_shape(make),
+        lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.activation(axes)),
+    )
     settings = sampling_rows([Sampling()] * job.batch_size, [0] * job.batch_size)
     whole = NamedSharding(mesh, layout.whole_spec)
 

@@ -117,6 +117,12 @@ class Sizes:
         return int(BYTES[self.job.precision.compute])
 
     @property
+    def kept(self) -> float:
+        """Bytes of a number of the cache, with its share of a head's scale."""
+        format = self.job.precision.cache
+        return self.compute if format is None else BYTES[format] + 2 / self.model.head_dim
+
+    @property
     def format(self) -> str:
         return SHORT[self.job.precision.compute]
 

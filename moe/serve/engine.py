@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.model.cache import KVCache, empty_cache
+from moe.model.cache import KVCache, empty_cache, placed_cache
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.parameter import SelectionBias, specs_of, stored
@@ -38,9 +38,8 @@ class Weights(NamedTuple):
     execution: Execution = Execution()
 
     def graph(self) -> nnx.GraphDef:
-        """Of the model as it serves: each token goes to the experts it chose, whatever capacity it trained with."""
-        router = replace(self.config.router, capacity_factor=None, overflow="drop")
-        config = replace(self.config, router=router if self.config.has_moe else RouterConfig())
+        """Of the model as it serves."""
+        config = as_served(self.config)
         return nnx.graphdef(
             nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
@@ -60,6 +59,12 @@ class Weights(NamedTuple):
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
         return cls(config, precision, layout, params, balance, execution)
+
+
+def as_served(config: ModelConfig) -> ModelConfig:
+    """The model whose tokens each go to the experts that they chose, whatever capacity it trained with."""
+    router = replace(config.router, capacity_factor=None, overflow="drop")
+    return replace(config, router=router if config.has_moe else RouterConfig())
 
 
 class ContextError(ValueError):
@@ -90,9 +95,17 @@ class Engine:
         self.max_length = max_length
         self._slots: dict[int, _Slot] = {}
         self._graph = weights.graph()
-        dtype = weights.precision.compute_dtype
-        make = partial(empty_cache, weights.config, self.num_slots, max_length, dtype, weights.layout)
+        precision = weights.precision
+        make = partial(
+            empty_cache, weights.config, self.num_slots, max_length, precision.compute_dtype, weights.layout,
+            precision.cache,
+        )  # fmt: skip
         self._cache: KVCache = jax.jit(make)()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """That the cache takes for one token of one text, over all layers."""
+        return self._cache.bytes_per_token
 
     @property
     def free(self) -> list[int]:
@@ -191,18 +204,15 @@ def prefill(
     """The first token of each row, and the cache with row b's keys and values in slot places_B[b]."""
     model = nnx.merge(graph, params, balance)
     B, T = tokens_BT.shape
-    own = empty_cache(model.config, B, T, cache.k_BGSMH.dtype, layout)
+    own = empty_cache(model.config, B, T, model.precision.compute_dtype, layout, model.precision.cache)
     valid_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
     output = model(tokens_BT, None, valid_BT, cache=own, layout=layout)
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     first_B = choose_tokens(model.logits(hidden_B1D, layout)[:, 0], settings)
     # A row of padding has a place beyond the last slot, and is dropped.
-    k_BGSMH, v_BGSMH = (
-        layout.constrain(old.at[places_B, :, :T].set(new, mode="drop"), "BGSMH")
-        for old, new in zip(cache, output.cache, strict=True)
-    )
-    return first_B, KVCache(k_BGSMH, v_BGSMH)
+    cache = jax.tree.map(lambda old, new: old.at[places_B, :, :T].set(new, mode="drop"), cache, output.cache)
+    return first_B, placed_cache(cache, layout.constrain)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -8,13 +8,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 from moe.model.config import ConfigError
 from moe.model.tensor_files import WeightsError
-from moe.ops.quantize import Quantized
 from moe.serve.chat import ChatError, chat_tokens
 from moe.serve.engine import ContextError
+from moe.serve.formats import add_formats, formats_of
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.sampling import Sampling, SamplingError
 from moe.train.checkpoint import CheckpointError
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh, weights=options.weights)
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, **formats_of(options))
         if options.chat:
             _talk(model, sampling, options.system)
         else:
@@ -99,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the draws (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
-    parser.add_argument(
-        "--weights", choices=get_args(Quantized), help="quantize the matrices as they are read; by default as stored"
-    )
+    add_formats(parser)
     return parser
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from moe.model.config import ConfigError
 from moe.model.precision import Format, Precision
-from moe.ops.quantize import Quantized
+from moe.ops.quantize import EightBits, Quantized
 from moe.serve.chat import chat_tokens
 from moe.serve.engine import Engine, Weights
 from moe.serve.sampling import Sampling
@@ -61,6 +61,8 @@ class HunyuanMoE:
         mesh: MeshConfig | Mesh | None = None,
         compute: Format | None = None,
         weights: Quantized | None = None,
+        activations: EightBits | None = None,
+        cache: EightBits | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":
         """Loads a checkpoint folder straight onto the mesh; a model folder or the folder of a run serve as well.
@@ -69,7 +71,10 @@ class HunyuanMoE:
             mesh: devices to use; None for one.
             compute: number format of the computation; None as the parameters are stored.
             weights: format to which the matrices of attention, experts and dense layers are quantized, piece by piece
-                as they are read (moe/ops/quantize.py); None to leave them.
+                as they are read (moe/ops/quantize.py); None to leave them, or for a checkpoint that is quantized.
+            activations: the weights' format, "int8" or "fp8", in which prompts are multiplied with them (W8A8); None to
+                widen them.
+            cache: format in which keys and values are kept, with scales; None for that of the computation.
             max_length: None for the checkpoint's max_position_embeddings, or 2048 where it does not say.
 
         Raises:
@@ -84,7 +89,15 @@ class HunyuanMoE:
         layout.refuse_stages("generation")
         stored: Format = "float32" if pretrained.dtype == jnp.float32 else "bfloat16"
         compute = compute or stored
-        precision = Precision(parameters=stored, compute=compute, gradients="float32", exchange=compute, frozen=weights)
+        precision = Precision(
+            parameters=stored,
+            compute=compute,
+            gradients="float32",
+            exchange=compute,
+            frozen=weights or pretrained.quantized,
+            activations=activations,
+            cache=cache,
+        )
         loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
         try:
             vocabulary = open_vocabulary(folder, pretrained.settings)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,9 +26,9 @@ from starlette.routing import Route
 
 from moe.model.config import ConfigError
 from moe.model.tensor_files import WeightsError
-from moe.ops.quantize import Quantized
 from moe.serve.chat import ChatError
 from moe.serve.engine import ContextError, Engine
+from moe.serve.formats import add_formats, formats_of
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.openai_api import Answers, ApiError, Asked, understand
 from moe.serve.sampling import SamplingError
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
-        model = HunyuanMoE.from_hf(options.model, mesh=mesh, weights=options.weights)
+        model = HunyuanMoE.from_hf(options.model, mesh=mesh, **formats_of(options))
         max_length = min(options.max_length, model.max_length)
         engine = Engine(model.weights, slots=options.slots, max_length=max_length)
         print("compiling …", file=sys.stderr)
@@ -222,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     key = options.api_key or os.environ.get(KEY_VARIABLE) or None
     print(
         f"{model.name} on http://{options.host}:{options.port}/v1: {engine.num_slots} slots of {max_length} tokens, "
+        f"{engine.bytes_per_token:,} bytes of cache a token, "
         f"{'with' if key else 'without'} an API key",
         flush=True,
     )
@@ -247,9 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-body", type=int, default=1_000_000, help="bytes of a request (default: %(default)s)")
     parser.add_argument("--api-key", help=f"ask clients for this key; also from {KEY_VARIABLE}")
     parser.add_argument("--mesh", metavar="AXIS=N,…", help="devices to use, such as data=2,expert=4; by default one")
-    parser.add_argument(
-        "--weights", choices=get_args(Quantized), help="quantize the matrices as they are read; by default as stored"
-    )
+    add_formats(parser)
     return parser
 
 

@@ -30,8 +30,14 @@ def frozen(lora: LoraConfig | None) -> Any:
 def check_frozen(precision: Precision, lora: LoraConfig | None, stages: int) -> None:
     """
     Raises:
-        ConfigError: a format for frozen parameters where all are trained, or adapters over stages.
+        ConfigError: a format for frozen parameters where all are trained, products without gradients, or adapters over
+            stages.
     """
+    if precision.activations is not None:
+        raise ConfigError(
+            f"precision.activations={precision.activations!r} in training: products with quantized matrices have no "
+            "gradients; it is for serving, so set precision.activations=none"
+        )
     if precision.frozen is not None and lora is None:
         raise ConfigError(
             f"precision.frozen={precision.frozen!r} without lora: all parameters are trained; set "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from moe.model.execution import Execution
 from moe.model.folder import ModelFolder, is_model_folder
 from moe.model.hf.checkpoint import HfCheckpoint, model_specs
 from moe.model.hf.config import differences
+from moe.model.hf.quantized import QuantizedCheckpoint, is_quantized_checkpoint
 from moe.model.parameter import SelectionBias
 from moe.model.pieces import Piece, Source, load, pieces
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.quantize import Quantized
 from moe.train.lora import merged
-from moe.train.trained import TrainedModel
-from parallel.layout import Layout
+from moe.train.trained import ArraySource, TrainedModel
+from parallel.layout import SINGLE_DEVICE, Layout
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Pretrained:
     dtype: in which most parameters are stored.
     settings: a checkpoint's config.json; empty for a run.
     load: parameters and selection biases on a layout, as nested dicts; in a format, or None as stored; matrices
-        quantized, or None.
+        quantized, or None as stored.
+    source: for reading the parameters piece by piece.
+    quantized: the format in which the matrices are quantized already; None where they are wide.
     """
 
     folder: Path
@@ -44,6 +47,8 @@ class Pretrained:
     dtype: jnp.dtype
     settings: dict[str, Any]
     load: Callable[[Layout, DTypeLike | None, Quantized | None], tuple[dict[str, Any], dict[str, Any]]]
+    source: Callable[[], Source]
+    quantized: Quantized | None = None
 
     def check(self, config: ModelConfig) -> None:
         """
@@ -73,8 +78,10 @@ def open_pretrained(folder: Path) -> Pretrained:
         trained = TrainedModel(folder)
         dtype = jnp.dtype(trained.precision.parameters)
         if trained.lora is None:
-            return Pretrained(folder, trained.config, dtype, {}, trained.restore)
+            return Pretrained(folder, trained.config, dtype, {}, trained.restore, trained.source)
         return _adapted(trained, trained.lora)
+    if is_quantized_checkpoint(folder):
+        return _quantized(QuantizedCheckpoint(folder))
     checkpoint = HfCheckpoint(folder)
     return _from_source(folder, checkpoint, checkpoint.config, checkpoint.settings)
 
@@ -93,7 +100,25 @@ def _adapted(trained: TrainedModel, lora: LoraConfig) -> Pretrained:
         adapters, balance = trained.restore(layout)
         return merged(adapters, params, lora), balance
 
-    return Pretrained(trained.folder, base.config, base.dtype, base.settings, load_merged)
+    def source() -> Source:
+        return ArraySource(load_merged(SINGLE_DEVICE, None, None)[0])
+
+    return Pretrained(trained.folder, base.config, base.dtype, base.settings, load_merged, source, base.quantized)
+
+
+def _quantized(checkpoint: QuantizedCheckpoint) -> Pretrained:
+    """Its matrices stay as they are."""
+
+    def load_as_stored(layout: Layout, dtype: DTypeLike | None, format: Quantized | None) -> Any:
+        if format != checkpoint.format and (format, dtype) != (None, None):
+            raise ConfigError(
+                f"{checkpoint.folder}: holds weights in {checkpoint.format}, and {format or 'wide ones'} were asked "
+                f"for: serve it without --weights, or train adapters with precision.frozen={checkpoint.format!r}"
+            )
+        return _load(checkpoint, checkpoint.config, layout, dtype, checkpoint.format)
+
+    opened = _from_source(checkpoint.folder, checkpoint, checkpoint.config, checkpoint.settings)
+    return replace(opened, load=load_as_stored, quantized=checkpoint.format)
 
 
 def _is_run(folder: Path) -> bool:
@@ -105,7 +130,9 @@ def _is_run(folder: Path) -> bool:
 
 def _from_source(folder: Path, source: Source, config: ModelConfig, settings: dict[str, Any]) -> Pretrained:
     first: Piece = pieces(config, model_specs(config, Precision()))[0]
-    return Pretrained(folder, config, jnp.dtype(source.dtype(first)), settings, partial(_load, source, config))
+    return Pretrained(
+        folder, config, jnp.dtype(source.dtype(first)), settings, partial(_load, source, config), lambda: source
+    )
 
 
 def _load(

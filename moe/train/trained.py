@@ -126,6 +126,10 @@ class TrainedModel:
             )
         return ArraySource(self.restore(layout)[0])
 
+    def source(self) -> CheckpointSource:
+        """The parameters piece by piece, as stored."""
+        return CheckpointSource(self.checkpoint / "state")
+
     def restore(
         self, layout: Layout, dtype: DTypeLike | None = None, format: Quantized | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,8 +140,7 @@ class TrainedModel:
             format: of matrices that can be quantized, piece by piece; None to leave them.
         """
         if format is not None:
-            source = CheckpointSource(self.checkpoint / "state")
-            params = load(source, self.config, self.specs, layout, dtype, format)
+            params = load(self.source(), self.config, self.specs, layout, dtype, format)
             return params, self._restore(layout, None, ["balance"])["balance"]
         found = self._restore(layout, dtype, ["params", "balance"])
         return found["params"], found["balance"]

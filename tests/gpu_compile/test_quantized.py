@@ -2,9 +2,11 @@
 
 import re
 
+import pytest
+
 from moe.model.config import ModelConfig
 from moe.model.precision import Precision
-from moe.planner.chips import H20
+from moe.planner.chips import A100, H20
 from moe.planner.job import Job
 from moe.planner.lower import lower
 from moe.planner.target import described_mesh
@@ -32,3 +34,28 @@ def test_a_layers_weights_travel_in_8_bits_and_are_widened_one_matrix_after_the_
     assert not re.search(rf"bf16\[[\d,]*{F}[\d,]*\]\S* all-gather", program)
     # Less than one layer in 8 bits and in bfloat16; the stack of all layers would be 8 times as much.
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * LAYER
+
+
+def operands(program: str) -> dict[str, set[str]]:
+    """By the product's place in the model, the formats of what is multiplied there."""
+    formats = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", program))
+    found: dict[str, set[str]] = {}
+    for left, right, place in re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\).*op_name=\"([^\"]+)\"", program):
+        kind = next(kind for kind in ("router", "attention", "shared_expert", "head") if kind in place)
+        found.setdefault(kind, set()).update({formats[left], formats[right]})
+    return found
+
+
+@pytest.mark.parametrize(("chip", "format", "number"), [(A100, "int8", "s8"), (H20, "fp8", "f8e4m3fn")])
+def test_a_prefill_multiplies_in_8_bits_and_widens_no_matrix(chip, format, number):
+    def compiled(activations):
+        precision = Precision(parameters="bfloat16", frozen=format, activations=activations, cache="int8")
+        mesh = MeshConfig(data=4)
+        job = Job("prefill", MODEL, batch_size=4, sequence_length=256, precision=precision, mesh=mesh)
+        return lower(job, described_mesh(chip, mesh, 4)).compile().as_text()
+
+    program, widened = compiled(format), compiled(None)
+    assert operands(program)["attention"] == operands(program)["shared_expert"] == {number}
+    a_matrix = rf"bf16\[({E},)?({D},{F}|{F},{D})\]"
+    assert not re.search(a_matrix, program)
+    assert re.search(a_matrix, widened)

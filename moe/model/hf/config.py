@@ -129,7 +129,9 @@ def model_config(settings: dict[str, Any], where: str = "config.json") -> tuple[
         raise ConfigError(f"{where}: model_type={family!r} is not implemented; {', '.join(FAMILIES)} are")
     reader = _Reader(settings, where)
     if settings.get("quantization_config") is not None:
-        raise reader.error("quantization_config", "is not implemented; give the checkpoint before its quantization")
+        raise reader.error(
+            "quantization_config", "cannot be read wide; serve it as it is, or give the checkpoint before it"
+        )
     try:
         build = {"mixtral": _mixtral, "qwen3_moe": _qwen3}.get(family, _hunyuan)
         config = build(reader, family)

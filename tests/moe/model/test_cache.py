@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -71,3 +72,36 @@ def test_layer_inputs_begin_with_the_embedding():
     assert inputs_LBTD.shape == (4, 1, 6, 16)
     np.testing.assert_array_equal(inputs_LBTD[0], model.embedding_VD[...][tokens_BT])
     assert model(tokens_BT).layer_inputs_LBTD is None
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("int8", jnp.int8), ("fp8", jnp.float8_e4m3fn)])
+def test_each_token_and_head_keeps_the_nearest_values_to_a_scale_of_its_own(format, dtype):
+    config = dataclasses.replace(SMALL, cla_factor=4)
+    rng = np.random.default_rng(0)
+    k_BTMH, v_BTMH = (rng.normal(size=(2, 3, 2, 8)).astype(np.float32) * 10.0 ** rng.integers(-3, 3) for _ in "kv")
+    k_BTMH[0, 1, 0] = 0
+    cache = empty_cache(config, 2, 5, jnp.float32, format=format)
+    start_B = jnp.array([0, 2])
+    k_BSMH, v_BSMH, (cache, _) = cache.group(jnp.int32(0)).append(jnp.asarray(k_BTMH), jnp.asarray(v_BTMH), start_B)
+    assert cache.k_BGSMH.dtype == cache.v_BGSMH.dtype == dtype
+    for found_BSMH, given_BTMH in ((k_BSMH, k_BTMH), (v_BSMH, v_BTMH)):
+        for b, t, m in np.ndindex(2, 3, 2):
+            expected_H = _nearest(given_BTMH[b, t, m], format)
+            np.testing.assert_array_equal(found_BSMH[b, start_B[b] + t, m], expected_H)
+
+
+def _nearest(x_H, format):
+    """By hand: the largest magnitude over the format's largest value, in bfloat16, and multiples of it."""
+    scale = np.float32(ml_dtypes.bfloat16(np.abs(x_H).max() / np.float32(127 if format == "int8" else 448)))
+    if scale == 0:
+        return np.zeros_like(x_H)
+    if format == "int8":
+        return np.array([min(127, max(-127, np.round(x / scale))) * scale for x in x_H], np.float32)
+    return np.array([np.float32(ml_dtypes.float8_e4m3fn(min(448, max(-448, x / scale)))) * scale for x in x_H])
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_cache_in_8_bits_counts_its_scales(format):
+    cache = empty_cache(HUNYUAN_LARGE, 1, 2, jnp.bfloat16, format=format)
+    # Keys and values of 32 groups of 8 heads of 80 values, and two bytes of scale for each head.
+    assert cache.bytes_per_token == 2 * 32 * 8 * (80 + 2)

@@ -202,12 +202,14 @@ def test_adapters_spare_the_gradients_of_what_is_frozen():
     assert update == pytest.approx(32 * 8 * 16 * (2 * (D + heads) + 2 * (D + kv)))
 
 
-def test_decoding_reads_the_cache_and_every_expert():
-    work = estimate_work(job("decode", batch_size=32, sequence_length=4096), 8)
+@pytest.mark.parametrize(("format", "number"), [(None, 3 * 2), ("fp8", (1 + 2 / 64) + 2 * 2)])
+def test_decoding_reads_the_cache_and_every_expert(format, number):
+    precision = Precision(cache=format)
+    work = estimate_work(job("decode", batch_size=32, sequence_length=4096, precision=precision), 8)
     runs = [(t, run) for t, run in work.runs()]
     cache = sum(t * run.bytes for t, run in runs if run.kind == "attention")
-    # 8 layers, keys and values, 4 heads of 64; copied out and read.
-    assert cache == pytest.approx(3 * 8 * 2 * 32 * 4096 * 4 * 64 * 2, rel=0.01)
+    # 8 layers, keys and values, 4 heads of 64; copied out and, with 8 bits, widened, and read.
+    assert cache == pytest.approx(number * 8 * 2 * 32 * 4096 * 4 * 64, rel=0.01)
     experts = sum(t * run.bytes for t, run in runs if run.kind == "grouped_matmul")
     assert experts == pytest.approx(8 * 3 * 16 * 512 * 1024 * 2, rel=0.05)
     assert not list(work.transfers())
@@ -230,5 +232,9 @@ def test_a_kernel_says_where_it_belongs():
 def test_products_in_8_bits_are_not_estimated():
     with pytest.raises(ConfigError, match="precision.matmuls='fp8': what products in 8 bits take is not estimated"):
         estimate_work(job(precision=Precision(matmuls="fp8")), 8)
-    # Serving computes in the wide format.
+    in_8_bits = Precision(frozen="int8", activations="int8")
+    with pytest.raises(ConfigError, match="precision.activations='int8': what products in 8 bits take is not"):
+        estimate_work(job("prefill", precision=in_8_bits), 8)
+    # A decoded token is multiplied in the wide format.
+    estimate_work(job("decode", precision=in_8_bits), 8)
     estimate_work(job("decode", precision=Precision(matmuls="fp8")), 8)

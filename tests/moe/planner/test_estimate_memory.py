@@ -57,10 +57,11 @@ def test_parts_add_up():
     assert memory.host == 0
 
 
-def test_cache_holds_every_group_once():
-    job = replace(JOB, kind="decode", sequence_length=1024)
-    groups, rows, keys = 2, 32 // 8, TINY.num_kv_heads // 2 * TINY.head_dim
-    assert estimate_memory(job, H20, 8).parts["cache"] == 2 * 2 * groups * rows * 1024 * keys
+@pytest.mark.parametrize(("cache", "head_bytes"), [(None, 2 * TINY.head_dim), ("int8", TINY.head_dim + 2)])
+def test_cache_holds_every_group_once(cache, head_bytes):
+    job = replace(JOB, kind="decode", sequence_length=1024, precision=replace(JOB.precision, cache=cache))
+    groups, rows, heads = 2, 32 // 8, TINY.num_kv_heads // 2
+    assert estimate_memory(job, H20, 8).parts["cache"] == 2 * groups * rows * 1024 * heads * head_bytes
 
 
 def test_what_waits_on_the_host_is_not_on_the_device():

@@ -1,8 +1,11 @@
 """A model whose matrices are quantized as they are read."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe import HunyuanMoE
 from moe.model.config import ConfigError
@@ -61,9 +64,28 @@ def test_matrices_take_the_bits_of_their_format(checkpoint, weights, bits):
     assert others == {(300, 32), (32,), (2, 32), (2, 8), (2, 32, 4)}
 
 
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_a_cache_in_8_bits_gives_what_recomputing_gives_and_neighbours_change_nothing(checkpoint, cache):
+    # Recomputing has no cache: a little is lost to it, so greedy tokens may differ once, and logits hardly.
+    model = HunyuanMoE.from_hf(checkpoint, cache=cache)
+    prompts = [[5, 6, 7, 8], [9], [40, 41]]
+    together = model.generate(prompts, max_tokens=6)
+    assert together == [model.generate([prompt], max_tokens=6)[0] for prompt in prompts]
+    wide = HunyuanMoE.from_hf(checkpoint).generate(prompts, max_tokens=6)
+    same = [a == b for x, y in zip(together, wide, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) > len(same) / 2
+
+
+def test_a_mesh_keeps_the_same_cache(checkpoint):
+    alone = HunyuanMoE.from_hf(checkpoint, cache="int8")
+    spread = HunyuanMoE.from_hf(checkpoint, cache="int8", mesh=MeshConfig(data=2, expert=2, tensor=2))
+    prompts = [[5, 6, 7], [9]]
+    assert spread.generate(prompts, max_tokens=6) == alone.generate(prompts, max_tokens=6)
+
+
 def test_the_command_takes_the_format(checkpoint, capsys):
     arguments = [str(checkpoint), "--prompt", "In the", "--max-tokens", "4", "--weights"]
-    assert main([*arguments, "int4"]) == 0
+    assert main([*arguments, "int4", "--cache", "fp8"]) == 0
     assert capsys.readouterr().out.startswith("In the")
     with pytest.raises(SystemExit):
         main([*arguments, "int3"])
@@ -72,3 +94,42 @@ def test_the_command_takes_the_format(checkpoint, capsys):
 def test_a_format_that_is_none(checkpoint):
     with pytest.raises(ConfigError, match="precision.frozen='int3': give one of float32, bfloat16, int8, fp8, int4"):
         HunyuanMoE.from_hf(checkpoint, weights="int3")
+    with pytest.raises(ConfigError, match="precision.cache='int4': give one of int8, fp8, or none"):
+        HunyuanMoE.from_hf(checkpoint, cache="int4")
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_prompts_are_multiplied_in_8_bits_and_single_tokens_are_not(checkpoint, format):
+    model = HunyuanMoE.from_hf(checkpoint, weights=format, activations=format)
+    dtype = "i8" if format == "int8" else "f8_e4m3fn"
+
+    def quantized_rows(*shape):
+        weights = model.weights
+        forward = jax.make_jaxpr(lambda params, tokens: nnx.merge(weights.graph(), params, weights.balance)(tokens))
+        program = str(forward(weights.params, np.zeros(shape, np.int32)))
+        return len(re.findall(rf":{dtype}\[[\d,]+\] = convert_element_type", program))
+
+    # In each of a group's two layers: q, o, three of the shared expert and three of the routed ones; k and v in one.
+    assert quantized_rows(1, 4) == 2 * 8 + 2
+    assert quantized_rows(4, 1) == 0
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_products_in_8_bits_stay_close(checkpoint, format):
+    expected = HunyuanMoE.from_hf(checkpoint, weights=format)(TOKENS)
+    found = HunyuanMoE.from_hf(checkpoint, weights=format, activations=format)(TOKENS)
+    # Of most tokens: those whose experts change are far off.
+    assert 1e-3 < float(np.median(np.abs(found - expected)) / expected.std()) < 0.1
+
+
+def test_a_mesh_multiplies_in_8_bits_too(checkpoint):
+    alone = HunyuanMoE.from_hf(checkpoint, weights="int8", activations="int8")(TOKENS)
+    model = HunyuanMoE.from_hf(checkpoint, weights="int8", activations="int8", mesh=MeshConfig(data=2, expert=4))
+    # A value in the middle between two may be rounded to either.
+    assert difference(model(TOKENS), alone) < 2e-3
+
+
+def test_activations_are_quantized_as_the_weights_are(checkpoint):
+    for weights in ("int4", None, "fp8"):
+        with pytest.raises(ConfigError, match=f"precision.activations='int8' with precision.frozen={weights!r}: give"):
+            HunyuanMoE.from_hf(checkpoint, weights=weights, activations="int8")

@@ -80,7 +80,7 @@ def test_each_setting_is_heard(changes, expected):
         ({"pretraining_tp": 2}, "pretraining_tp=2 is not implemented; 1"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented"),
         ({"use_mla": True}, "use_mla=True"),
-        ({"quantization_config": {"bits": 4}}, "give the checkpoint before its quantization"),
+        ({"quantization_config": {"bits": 4}}, "serve it as it is, or give the checkpoint before it"),
         ({"moe_topk": [1, 2]}, "moe_topk=.* differs from layer to layer"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False is not implemented"),
         ({"new_lever": 3}, "new_lever=3 is a setting that is not known here"),
