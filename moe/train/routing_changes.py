@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.moe_layer import MoELayer
@@ -47,19 +48,35 @@ def _model(config: ModelConfig, precision: Precision, params: dict[str, Any], ba
 
 
 def chosen_experts(model: Transformer, batch: Batch) -> list[jax.Array]:
-    """experts_BTK of each MoE layer; E where a token is padding. Layer by layer, without a loop in the program."""
+    """experts_BTK of each MoE layer; E where a token is padding."""
+    return watched(model, batch)[1]
+
+
+def watched(model: Transformer, batch: Batch, cache: KVCache | None = None) -> tuple[jax.Array, list[jax.Array]]:
+    """hidden_BTD behind the final norm, and experts_BTK of each MoE layer; E where a token is padding. Layer by layer,
+    without a loop in the program.
+
+    Args:
+        cache: an empty one through which keys and values go; rows then are one document.
+    """
     tokens_BT, _, positions_BT, segments_BT, _ = map(jnp.asarray, batch)
     sight, x_BTD = model.sight(tokens_BT, positions_BT, segments_BT), model.embed(tokens_BT, SINGLE_DEVICE)
     found: list[jax.Array] = []
+    first_group = 0
     for stack in model.stacks:
         graph, stacked = nnx.split(stack)
-        for place in range(len(jax.tree.leaves(stacked)[0])):
+        repeat = len(jax.tree.leaves(stacked)[0])
+        for place in range(repeat):
             group = nnx.merge(graph, jax.tree.map(lambda x, place=place: x[place], stacked))
             for block in group.blocks:
                 if isinstance(block.feed_forward, MoELayer):
                     block.feed_forward.router = _Watched(block.feed_forward.router, found)
-            x_BTD = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE).x_BTD
-    return found
+            own = None if cache is None else cache.group(jnp.int32(first_group + place))
+            output = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE, own)
+            x_BTD = output.x_BTD
+            cache = None if output.cache is None else output.cache.cache
+        first_group += repeat
+    return model.final_norm(x_BTD), found
 
 
 class _Watched(nnx.Module):
