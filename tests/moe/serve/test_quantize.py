@@ -75,6 +75,7 @@ def test_config_json_names_the_layers_of_each_group_size(folders):
     assert channel["group_0"]["input_activations"]["dynamic"] is True
 
 
+@pytest.mark.slow
 def test_calibration_brings_logits_nearer(checkpoint, folders, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("".join(LINES) * 40, "utf-8")
@@ -92,6 +93,7 @@ def test_calibration_brings_logits_nearer(checkpoint, folders, tmp_path, capsys)
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_are_named_and_rounded(checkpoint, folders, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("abc " * 20, "utf-8")
@@ -102,8 +104,8 @@ def test_experts_without_tokens_are_named_and_rounded(checkpoint, folders, tmp_p
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folders["int4"] / "model.safetensors").read_bytes()
 
 
-def test_a_mesh_and_a_matching_format_read_it(folders):
-    quantized = HunyuanMoE.from_hf(folders["int4"], weights="int4")
+def test_it_is_served_without_being_told_its_format(folders):
+    quantized = HunyuanMoE.from_hf(folders["int4"])
     assert quantized.weights.precision.frozen == "int4"
     matrices = jax.tree.leaves(quantized.weights.params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
     assert any(isinstance(x, QuantizedWeight) for x in matrices)
