@@ -53,14 +53,15 @@ class Experts(nnx.Module):
         Args:
             key: of this layer in this step, for the adapters' dropout.
         """
-        weights = (used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
+        gate, up, down = (used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
         adapters = {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()}
-        return ExpertWeights(*weights, adapters)
+        return ExpertWeights(gate, up, down, adapters)
 
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
         specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
-        return ExpertWeights(*specs, {name: adapter.specs(layout) for name, adapter in self.adapters.items()})
+        gate, up, down = specs
+        return ExpertWeights(gate, up, down, {name: adapter.specs(layout) for name, adapter in self.adapters.items()})
 
 
 def apply_experts(rows_RD: jax.Array, counts_E: jax.Array, weights: ExpertWeights, execution: Execution) -> jax.Array:

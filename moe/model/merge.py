@@ -4,7 +4,7 @@ section 4.1). Of arrays on their devices, or piece by piece as weights are read.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -68,10 +68,11 @@ def _at(tree: Any, path: tuple[Any, ...]) -> dict[str, Any]:
 
 def _added(given: list[tuple[Any, jax.Array, jax.Array]], scale: jax.Array) -> list[jax.Array]:
     """Each weight layer by layer, so that of what is computed in float32 one layer is there at a time."""
-    return [jax.lax.map(lambda layer: _added_to_layer(*layer, scale), each) for each in given]
+    return [jax.lax.map(partial(_added_to_layer, scale), each) for each in given]
 
 
-def _added_to_layer(weight: Any, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+def _added_to_layer(scale: jax.Array, layer: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
+    weight, a, b = layer
     is_quantized = isinstance(weight, QuantizedWeight)
     wide = dequantize(weight, jnp.float32) if is_quantized else weight.astype(jnp.float32)
     # With J twice; of experts E is in all three.
