@@ -51,7 +51,7 @@ class Experiment:
     name: of the run folder, runs/<name>.
     init_from: folder with the weights to start from: a checkpoint (moe/model/hf), a model folder or another run; None
         draws them at random.
-    lora: adapters that are trained beside attention's weights, all others frozen; None trains everything.
+    lora: adapters that are trained beside the layers' weights, all others frozen; None trains everything.
 
     Raises ConfigError where the parts do not fit together. Every part has checked itself before.
     """

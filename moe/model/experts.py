@@ -64,8 +64,11 @@ class Experts(nnx.Module):
         """
         keeps = self.products.keeps_weights(length)
         devices = 1 if layout.mesh is None else layout.mesh.size
+        gate, up, down = (as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices)
         return ExpertWeights(
-            *(as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices),
+            gate,
+            up,
+            down,
             {name: spread(history[...], devices) for name, history in self.products.histories.items()},
             {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()},
         )
@@ -82,8 +85,11 @@ class Experts(nnx.Module):
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
+        gate, up, down = specs
         return ExpertWeights(
-            *specs,
+            gate,
+            up,
+            down,
             {name: layout.each_device().spec for name in self.products.histories},
             {name: adapter.specs(layout) for name, adapter in self.adapters.items()},
         )

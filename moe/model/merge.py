@@ -2,14 +2,14 @@
 section 4.1). Of arrays on their devices, or piece by piece as weights are read.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from moe.model.adapter import LoraConfig
 from moe.model.pieces import Piece, Source
@@ -38,39 +38,50 @@ def weight_name(names: Any, target: str) -> str:
     return next(name for name in names if name.startswith(f"w_{target}_"))
 
 
-def _with_added(adapters: dict[str, Any], weights: dict[str, Any], scale: float) -> dict[str, Any]:
-    found = dict(weights)
-    for name, inner in adapters.items():
-        if name != "adapters":
-            found[name] = _with_added(inner, weights[name], scale)
-            continue
-        for target, own in inner.items():
-            changed = weight_name(weights, target)
-            found[changed] = _added(weights[changed], own["a"], own["b"], scale)
+def _with_added(adapters: dict[str, Any], params: dict[str, Any], scale: float) -> dict[str, Any]:
+    places = list(_places(adapters))
+    given = []
+    for module, target in places:
+        weights, own = _at(params, module), _at(adapters, module)["adapters"][target]
+        given.append((weights[weight_name(weights, target)], own["a"], own["b"]))
+    arrays = [weight.values if isinstance(weight, QuantizedWeight) else weight for weight, _, _ in given]
+    add = jax.jit(_added, out_shardings=[array.sharding for array in arrays])
+    found: Any = jax.tree.map(lambda x: x, params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    for (module, target), new in zip(places, add(given, jnp.float32(scale)), strict=True):
+        weights = _at(found, module)
+        weights[weight_name(weights, target)] = new
     return found
 
 
-def _added(weight: Any, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """Layer by layer, so that of what is computed in float32 one layer is there at a time."""
+def _places(adapters: dict[Any, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """(where a module stands, target) of every adapter."""
+    for name, inner in adapters.items():
+        if name == "adapters":
+            yield from ((path, target) for target in inner)
+        else:
+            yield from _places(inner, (*path, name))
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> dict[str, Any]:
+    return reduce(lambda inner, key: inner[key], path, tree)
+
+
+def _added(given: list[tuple[Any, jax.Array, jax.Array]], scale: jax.Array) -> list[jax.Array]:
+    """Each weight layer by layer, so that of what is computed in float32 one layer is there at a time."""
+    return [jax.lax.map(partial(_added_to_layer, scale), each) for each in given]
+
+
+def _added_to_layer(scale: jax.Array, layer: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
+    weight, a, b = layer
     is_quantized = isinstance(weight, QuantizedWeight)
-    dtype, sharding = (a.dtype, weight.values.sharding) if is_quantized else (weight.dtype, weight.sharding)
-
-    @partial(jax.jit, out_shardings=sharding)
-    def add(weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda layer: _added_to_layer(layer[0], layer[1], layer[2], scale, dtype), (weight, a, b))
-
-    return add(weight, a, b)
-
-
-def _added_to_layer(weight: Any, a: jax.Array, b: jax.Array, scale: float, dtype: DTypeLike) -> jax.Array:
-    wide = dequantize(weight, jnp.float32) if isinstance(weight, QuantizedWeight) else weight.astype(jnp.float32)
+    wide = dequantize(weight, jnp.float32) if is_quantized else weight.astype(jnp.float32)
     # With J twice; of experts E is in all three.
     experts = "E" if a.ndim + b.ndim - weight.ndim == 3 else ""
     inputs = "xyz"[: a.ndim - len(experts) - 1]
     outputs = "uvw"[: b.ndim - len(experts) - 1]
     product = f"{experts}{inputs}J,{experts}J{outputs}->{experts}{inputs}{outputs}"
     added = jnp.einsum(product, a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-    return (wide + scale * added).astype(dtype)
+    return (wide + scale * added).astype(a.dtype if is_quantized else weight.dtype)
 
 
 class Factors(NamedTuple):
