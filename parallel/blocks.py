@@ -1,12 +1,17 @@
-"""Numbers in 8 bits, for the wire: blocks of neighbours that share a power of two, which takes a ninth byte a block.
+"""Numbers in 8 bits, for the wire: blocks of 32 neighbours share a power of two, whose exponent takes a byte more.
 
-These are MXFP8 and MXINT8 (OCP Microscaling Formats v1.0, §5.1 and §6.3), with the exponent rounded up, so that nothing
-is clipped (arXiv 2506.08027 §3.1), and whole numbers in int8. Because the shared factor is a power of two,
+These are MXFP8 and, up to a constant factor, MXINT8 (OCP Microscaling Formats v1.0, table 1), with the exponent rounded
+up, so that nothing is clipped (arXiv 2506.08027). Because the factor is a power of two, a number from a block is exact
+in bfloat16, and quantizing it again changes nothing: rows may travel in several steps.
 
-- a number in a block is exact in bfloat16, and quantizing it again changes nothing: it may travel in several steps;
-- the factor fits a byte, where another format's float32 would let 128 numbers share one for the same bytes, and int8
-  errs less on 32: root mean square of the error over that of normal numbers 0.83 against 0.65 %, but 1.6 against 2.1 %
-  where one column in 256 is 30 times as large; fp8 errs by 2.6 % in e4m3 and by 5.3 % in e5m2 in either way.
+A float32 factor for 128 numbers would take the same bytes. Root mean square errors, in percent of that of the numbers,
+for 512 rows of 6400 normal numbers, and in brackets with one column in 256 thirty times as large:
+
+| | int8 | e4m3 | e5m2 |
+|---|---|---|---|
+| 32, power of two | 0.83 (1.6) | 2.7 (2.6) | 5.3 (5.3) |
+| 128, float32 | 0.65 (2.1) | 2.6 (1.5) | 5.1 (3.0) |
+| a row, float32 | 0.89 (8.2) | 2.6 (2.4) | 5.3 (4.8) |
 
 A block with a number in it that is not finite arrives with none that is. Blocks of zero bytes are zeros.
 """
@@ -35,7 +40,8 @@ _INFINITE = 255
 class Blocks(NamedTuple):
     """An array in 8 bits.
 
-    bits: u8, of its shape. exponents: u8, one for each block; a factor is 2^(exponent - 127).
+    bits: u8, of its shape.
+    exponents: u8, one for each block. A factor is 2^(exponent - 127).
     """
 
     bits: Array
@@ -63,7 +69,8 @@ def block_size(size: int) -> int:
 def to_blocks(x: Array, element: Element, axis: int, block: int = BLOCK) -> Blocks:
     """
     Args:
-        x: float. axis: along which neighbours share a factor; not negative.
+        x: float.
+        axis: along which `block` neighbours share a factor; not negative.
     """
     cut = _cut(x.astype(jnp.float32), axis, block)
     exponents = _exponents(jnp.abs(cut).max(axis + 1) / _LARGEST[element])

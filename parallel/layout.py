@@ -266,8 +266,8 @@ class Layout:
         return self._constrain(x, self.activation_spec(axes))
 
     def gather(self, weight: jax.Array, axes: str, format: EightBit | None = None) -> jax.Array:
-        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format, or else of `format`,
-        to which it rounds."""
+        """A weight as it is used. Cast it first: the gather then moves bytes of the compute format, or those of
+        `format`, to which it rounds."""
         if (mesh := self.mesh) is None:
             return weight
         stored, used, place = self.stored_spec(axes), self.used_spec(axes), axes.find("D")

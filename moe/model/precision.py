@@ -35,10 +35,10 @@ class Precision:
     gradients: in which gradients are accumulated over microbatches and reduced over devices.
     exchange: rows on the wire between devices of the expert axis. In 8 bits each 32 numbers of a row share a power of
         two (parallel/blocks.py): "fp8" is e4m3, and e5m2 for gradients; "int8" the same for both.
-    gathered: matrices of attention, experts and dense layers on the wire, when layout.zero=3 gathers them for use (ZeRO++,
-        arXiv 2306.10209 §3.1; QSDP, 2302.02374): in the 8 bits of `exchange`'s values, each 32 inputs of an output, or as
-        many as a device has, sharing a power of two; None as `compute`. Gradients are those of the rounded matrix, and
-        are summed over devices as ever. What no device has to send keeps its format.
+    gathered: matrices of attention, experts and dense layers on the wire, where layout.zero=3 gathers them for use
+        (ZeRO++, arXiv 2306.10209 §3.1; QSDP, 2302.02374): in the 8 bits of `exchange`'s values, about 32 neighbours
+        along D sharing a power of two; None as `compute`. Gradients are those of the rounded matrix, taken for the
+        matrix's own, and are summed over devices as ever. A matrix that is not shared out keeps its format.
     frozen: in which parameters that nothing trains are stored, those of a model that serves or lies beneath LoRA; None
         as `parameters`. The quantized formats (moe/ops/quantize.py) are for the matrices of attention, experts and
         dense layers; norms, routers, embedding and head are then as `parameters`. A layer's matrices are gathered as
@@ -136,6 +136,6 @@ def check_gathered(precision: Precision, layout: LayoutConfig) -> None:
     """
     if precision.gathered and layout.zero < 3:
         raise ConfigError(
-            f"precision.gathered={precision.gathered!r} with layout.zero={layout.zero}: every device holds whole matrices; "
-            "set layout.zero=3, or leave gathered at none"
+            f"precision.gathered={precision.gathered!r} with layout.zero={layout.zero}: every device holds whole "
+            "matrices; set layout.zero=3, or leave gathered at none"
         )

@@ -119,7 +119,7 @@ class Layer:
         return [
             s.transfer(
                 self._name("gather", weight.use, weight.name, backward=backward), weight.use, "all-gather",
-                s.expert_fsdp if weight.use == "experts" else s.fsdp, weight.numbers * s.travels,
+                s.gathered_over(weight.use), weight.numbers * s.travels(weight.use),
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
@@ -127,17 +127,19 @@ class Layer:
 
     def widened(self, *, backward: bool) -> list[Run]:
         """The passes in which its weights at rest become what products take: of a device's share before the gather, or
-        if they are quantized of the whole after it."""
+        if they are quantized of the whole after it; of both if they are quantized for the gather alone."""
         s = self.sizes
-        if s.matrices == s.compute:
-            return []
         found = []
         for weight in self.weights():
-            axes = s.expert_fsdp if weight.use == "experts" else s.fsdp
-            shares = 1 if s.job.precision.quantized or s.job.layout.zero < 3 else s.over(*axes)
-            moved = weight.numbers / shares * (s.matrices + s.compute)
+            shares = s.over(*s.gathered_over(weight.use)) if s.job.layout.zero == 3 else 1
+            moved = 0.0
+            if s.job.precision.gathered and shares > 1 and weight.use != "router":
+                moved = weight.numbers * ((s.matrices + 1) / shares + 1 + s.compute)
+            elif s.matrices != s.compute:
+                moved = weight.numbers / (1 if s.job.precision.quantized else shares) * (s.matrices + s.compute)
             flags: Flags = {"backward": backward, "recomputed": backward}
-            found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
+            if moved:
+                found.append(Run(f"widen.{weight.name}", weight.use, "elementwise", 0.0, moved, s.format, **flags))
         return found
 
     def _sum(self, weight: Weight, size: int) -> Transfer:

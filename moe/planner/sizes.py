@@ -15,6 +15,7 @@ from moe.ops.quantize import GROUPS
 from moe.planner.job import Job
 from moe.planner.transfers import sent
 from moe.planner.work import Run, RunKind, Transfer, TransferKind, Use
+from parallel.blocks import block_size
 from parallel.layout import BATCH_AXES, FSDP_AXES
 from parallel.mesh import MeshConfig
 
@@ -138,10 +139,18 @@ class Sizes:
         policy = self.job.precision
         return BYTES[policy.quantized] if self.has_frozen and policy.quantized else self.stored
 
-    @property
-    def travels(self) -> float:
-        """Bytes of a number of a matrix when it is gathered: cast before, or if it is quantized widened after."""
+    def travels(self, use: Use) -> float:
+        """Bytes of a number of a matrix when it is gathered: cast before, or if it is in 8 bits or fewer widened after,
+        with its share of what its blocks share (parallel/blocks.py)."""
+        if use == "router":
+            return self.compute
+        if self.job.precision.gathered:
+            return 1 + 1 / block_size(self.model.d_model // self.over(*self.gathered_over(use)))
         return min(self.matrices, self.compute) if self.job.precision.quantized else self.compute
+
+    def gathered_over(self, use: Use) -> tuple[str, ...]:
+        """Axes over which the weights of a layer are shared out between uses."""
+        return self.expert_fsdp if use == "experts" else self.fsdp
 
     @property
     def fsdp(self) -> tuple[str, ...]:

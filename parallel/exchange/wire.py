@@ -25,7 +25,7 @@ def carry(
     """
     if wire is None:
         return move(rows_RD)
-    if wire in ("float32", "bfloat16"):
+    if wire == "float32" or wire == "bfloat16":
         return move(rows_RD.astype(wire)).astype(rows_RD.dtype)
     element = element_of(wire, gradient=gradient)
     return unpack_rows(move(pack_rows(rows_RD, element)), rows_RD.shape[1], element).astype(rows_RD.dtype)

@@ -6,6 +6,7 @@ import pytest
 
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
+from moe.model.precision import Precision
 from moe.planner.chips import H20
 from moe.planner.compile import compile_job
 from moe.planner.count import count
@@ -26,6 +27,10 @@ RAGGED = Execution(exchange="ragged", remat="full")
 JOBS = {
     "sharded over data and experts": Job(
         "train", MODEL, 64, 2048, execution=RAGGED, mesh=MeshConfig(data=16, expert=4)
+    ),
+    "8 bits on the wire": Job(
+        "train", CAPPED, 64, 2048, Precision(exchange="fp8", gathered="fp8"), Execution(remat="full"),
+        mesh=MeshConfig(data=8, expert=8),
     ),
     "copies, capacity, shared keys": Job(
         "train", CAPPED, 64, 2048, execution=Execution(remat="full"), mesh=MeshConfig(replica=2, data=4, expert=8)
@@ -51,7 +56,7 @@ def over_links(work):
 def test_an_estimate_is_close_to_the_compiled_program(name, tmp_path):
     job = JOBS[name]
     compiled = compile_job(job, H20, Cluster(nodes=job.mesh.num_devices // 8), cache=tmp_path)
-    counted = count(compiled.program(), job.mesh, 8, routed_rows=routed_rows(job))
+    counted = count(compiled.program(), job.mesh, 8, routed_rows=routed_rows(job, 8))
     estimated = estimate_work(job, 8)
     assert estimated.flops == pytest.approx(counted.flops, rel=0.03)
     inside, across = over_links(estimated)

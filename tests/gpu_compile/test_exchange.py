@@ -12,9 +12,11 @@ from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.moe_layer import MoELayer
 from moe.model.precision import Precision
+from parallel.exchange import WireFormat
 from parallel.layout import Layout
 from parallel.mesh import MeshConfig
 from tests.gpu_compile.target import h20_mesh, needs_plugin
+from tests.parallel.exchange.collectives import bytes_of
 from tests.parallel.exchange.program import main_computation
 
 pytestmark = needs_plugin
@@ -22,7 +24,7 @@ pytestmark = needs_plugin
 B, T, D, F, E = 8, 1024, 1024, 1024, 16
 
 
-def compiled_layer(exchange: str, chunks: int = 1, gradients: bool = True):
+def compiled_layer(exchange: str, chunks: int = 1, gradients: bool = True, wire: WireFormat = "bfloat16"):
     config = ModelConfig(
         vocab_size=10, d_model=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
         num_experts=E, d_expert=F, num_shared_experts=1, router=RouterConfig(top_k=2),
@@ -31,7 +33,7 @@ def compiled_layer(exchange: str, chunks: int = 1, gradients: bool = True):
     layout = Layout(h20_mesh(MeshConfig(expert=8)))
 
     def layer() -> MoELayer:
-        return MoELayer(config, Precision(), execution, rngs=nnx.Rngs(0))
+        return MoELayer(config, Precision(exchange=wire), execution, rngs=nnx.Rngs(0))
 
     graph, shapes = nnx.split(nnx.eval_shape(layer))
     whole = NamedSharding(layout.mesh, PartitionSpec())
@@ -62,6 +64,27 @@ def test_ragged_hierarchical_compiles_to_two_steps():
     # Rows there and back and the gradients, weights there and their gradients.
     assert found.count("{{0,2,4,6},{1,3,5,7}}") == 6
     assert found.count("{{0,1},{2,3},{4,5},{6,7}}") == 6
+
+
+def received(text: str, opcode: str) -> list[str]:
+    """What each exchange of rows gives. Counts of rows are integers of 32 and 64 bits."""
+    return re.findall(rf"\), ((?:u8|bf16)\S+?)\{{\S*?\) {opcode}\(", text)
+
+
+def test_rows_in_8_bits_take_33_bytes_where_bfloat16_takes_64():
+    wide, short = (
+        received(compiled_layer("padded", wire=wire).as_text(), "all-to-all-start") for wire in ("bfloat16", "fp8")
+    )
+    # There and back, and the gradient of each: blocks of 2048 rows for each device.
+    assert wide == [f"bf16[8,2048,{D}]"] * 4
+    assert short == [f"u8[8,2048,{D * 33 // 32}]"] * 4
+    assert sum(map(bytes_of, short)) / sum(map(bytes_of, wide)) == 33 / 64
+
+
+def test_ragged_rows_in_8_bits_travel_as_bytes():
+    found = received(compiled_layer("ragged", wire="int8").as_text(), "ragged-all-to-all-start")
+    there, back = f"u8[16384,{D * 33 // 32}]", f"u8[2048,{D * 33 // 32}]"
+    assert sorted(found) == [there, there, back, back]
 
 
 @pytest.mark.parametrize("exchange", ["padded", "ragged"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 FORMATS = {"float8_e4m3fn": (3, -6, 448.0), "float8_e5m2": (2, -14, 57344.0), "int8": (None, None, 127.0)}
-"""Bits of mantissa, the smallest exponent of a normal number, the largest number (OCP 8-bit Floating Point, table 1)."""
+"""Bits of mantissa, the smallest exponent of a normal number, the largest number (OCP 8-bit Floating Point)."""
 
 
 def on_the_wire(x_D: np.ndarray, element: str, block: int = 32) -> np.ndarray:

@@ -46,7 +46,8 @@ def test_what_is_not_finite_arrives_so_and_leaves_other_blocks_alone(broken, ele
     arrived_RD = np.asarray(there_and_back(rows_RD, element))
     finite_RD = np.isfinite(arrived_RD)
     assert finite_RD[0].all()
-    assert finite_RD[1, :32].all() and finite_RD[1, 64:].all()
+    assert finite_RD[1, :32].all()
+    assert finite_RD[1, 64:].all()
     assert not finite_RD[1, 32:64].any()
 
 

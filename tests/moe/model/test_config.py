@@ -48,6 +48,9 @@ def test_sizes_that_cannot_work(change, sentence):
         (lambda: RopeConfig(theta=0), "theta=0"),
         (lambda: RopeConfig(ntk_alpha=-1), "ntk_alpha=-1"),
         (lambda: Precision(compute="float16"), "precision.compute='float16'"),
+        (lambda: Precision(exchange="int4"), "precision.exchange='int4'.*float32, bfloat16, fp8, int8"),
+        (lambda: Precision(gathered="bfloat16"), "precision.gathered='bfloat16'.*fp8, int8"),
+        (lambda: Precision(gathered="fp8", frozen="nf4"), "precision.frozen='nf4'.*as they are stored"),
     ],
 )
 def test_choices_that_cannot_work(make, sentence):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe.model.adapter import LoraConfig
-from moe.model.config import ModelConfig, RouterConfig
+from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
@@ -225,3 +225,42 @@ def test_a_kernel_says_where_it_belongs():
         "optimizer",
     }
     assert all(isinstance(run, Run) and run.bytes > 0 for run in runs)
+
+
+@pytest.mark.parametrize("exchange", ["padded", "gathered", "ragged", "hierarchical", "ragged_hierarchical"])
+def test_rows_in_8_bits_take_a_byte_a_number_and_one_for_every_32(exchange):
+    wide, short = (
+        estimate_work(
+            job(
+                mesh=MeshConfig(expert=16), execution=Execution(exchange=exchange), precision=Precision(exchange=format)
+            ),
+            8,
+        )
+        for format in ("bfloat16", "int8")
+    )
+    expected = tuple(33 / 64 * size for size in sent(wide, "exchange"))
+    assert sent(short, "exchange") == pytest.approx(expected)
+
+
+def test_matrices_gathered_in_8_bits_take_a_byte_a_number_and_one_for_every_block():
+    # A device has 512 / 8 of an attention weight's D, in blocks of 32, and 512 / 4 of an expert's.
+    wide, short = (
+        estimate_work(job(mesh=MeshConfig(data=4, expert=2), precision=Precision(gathered=format)), 8)
+        for format in (None, "fp8")
+    )
+    for use in ("attention", "experts", "shared_expert"):
+        inside, across = sent(wide, use, "all-gather")
+        assert sent(short, use, "all-gather") == pytest.approx((33 / 64 * inside, across)), use
+    assert sent(short, "router") == sent(wide, "router")
+    # Both read each share once and write it, in 8 bits; then the whole of it is widened.
+    layer = 512 * (8 + 4 + 4 + 8) * 64 + 3 * 512 * 1024
+    experts = 8 * 3 * 512 * 1024
+    router = 512 * 16
+    moved = MODEL.num_layers * (layer * (5 / 8 + 3) + experts * (5 / 4 + 3) + router / 8 * 6)
+    widened = sum(t * run.bytes for t, run in short.runs() if run.name.startswith("widen"))
+    assert widened == pytest.approx(moved)
+
+
+def test_nothing_is_gathered_below_zero_3():
+    with pytest.raises(ConfigError, match=r"layout\.zero=3"):
+        job(mesh=MeshConfig(data=8), layout=LayoutConfig(zero=2), precision=Precision(gathered="fp8"))

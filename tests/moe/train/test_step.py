@@ -2,21 +2,24 @@ import dataclasses
 import functools
 import itertools
 
+import jax
 import numpy as np
 import optax
 import pytest
 
 from moe.model.config import ModelConfig, RopeConfig, RouterConfig
 from moe.model.execution import Execution
+from moe.model.parameter import QUANTIZED_KINDS, is_spec
 from moe.model.precision import FULL, Precision
 from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_evaluation_step, make_train_step, place_batch
 from parallel.exchange import BACKENDS
-from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig
 from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
+from tests.oracle.blocks import on_the_wire
 
 B, T = 16, 24
 SMALL = ModelConfig(
@@ -55,16 +58,22 @@ def batch_of(seed: int = 0) -> Batch:
     return Batch(tokens_BT, targets_BT, positions_BT, segments_BT, weights_BT)
 
 
-def blueprint_of(router: RouterConfig, mesh: MeshConfig | None = None, execution: Execution | None = None) -> Blueprint:
-    config = dataclasses.replace(SMALL, router=router)
-    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
-    blueprint = make_blueprint(config, FULL, execution or Execution(), OptimizerConfig(), layout, steps=200)
+def blueprint_of(
+    router: RouterConfig,
+    mesh: MeshConfig | None = None,
+    execution: Execution | None = None,
+    precision: Precision = FULL,
+    config: LayoutConfig | None = None,
+) -> Blueprint:
+    model = dataclasses.replace(SMALL, router=router)
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh), config or LayoutConfig())
+    blueprint = make_blueprint(model, precision, execution or Execution(), OptimizerConfig(), layout, steps=200)
     return dataclasses.replace(blueprint, optimizer=RECORDER)
 
 
-def one_step(blueprint: Blueprint, **settings):
+def one_step(blueprint: Blueprint, params=None, **settings):
     """The gradients of the first step, its metrics, and the selection biases after it."""
-    state = blueprint.create_state(seed=0)
+    state = blueprint.create_state(seed=0) if params is None else blueprint.state_from(params)
     step = make_train_step(blueprint, seed=0, loss_chunk=10, **settings)
     state, metrics = step(state, place_batch(batch_of(), blueprint.layout))
     assert int(state.step) == 1
@@ -106,6 +115,51 @@ def test_every_mesh_and_exchange_gives_the_loss_and_gradients_of_one(name, mesh,
         )
     )
     assert_trees_equal_to_scale(without_wire(spread), without_wire(on_one_device(name)))
+
+
+def rounded(params, specs, blocks: dict[bool, int], element: str):
+    """Matrices as gathering leaves them, with loops.
+
+    Args:
+        blocks: how many neighbours along D share a factor, in experts (True) and in all else; 0 where none is gathered.
+    """
+
+    def each(spec, values):
+        block = blocks[spec.kind == "expert"]
+        if spec.kind not in QUANTIZED_KINDS or not block:
+            return values
+        place = spec.axes.index("D")
+        lines = np.moveaxis(np.asarray(values), place, -1)
+        told = [on_the_wire(line_D, element, block) for line_D in lines.reshape(-1, lines.shape[-1])]
+        return np.moveaxis(np.float32(told).reshape(lines.shape), -1, place)
+
+    return jax.tree.map(each, specs, params, is_leaf=is_spec)
+
+
+@pytest.mark.parametrize(
+    ("gathered", "element", "mesh", "config", "blocks"),
+    [
+        ("fp8", "float8_e4m3fn", MeshConfig(data=2, expert=4), LayoutConfig(), {True: 16, False: 4}),
+        *(
+            pytest.param("int8", "int8", *each, marks=pytest.mark.slow)
+            for each in (
+                (MeshConfig(replica=2, data=4), LayoutConfig(), {True: 8, False: 8}),
+                (MeshConfig(data=2, expert=2, tensor=2), LayoutConfig(), {True: 16, False: 8}),
+                (MeshConfig(data=4, tensor=2), LayoutConfig(experts=("data", "tensor")), {True: 0, False: 8}),
+                (MeshConfig(data=2, stage=2, sequence=2), LayoutConfig(), {True: 8, False: 8}),
+                (MeshConfig(data=8), LayoutConfig(gradients="host"), {True: 4, False: 4}),
+            )
+        ),
+    ],
+)
+def test_matrices_gathered_in_8_bits_give_the_gradients_of_the_rounded_ones(gathered, element, mesh, config, blocks):
+    execution = Execution(remat="full")
+    precision = dataclasses.replace(FULL, gathered=gathered)
+    told = one_step(blueprint_of(ROUTERS["dropless"], mesh, execution, precision, config))
+    alone = blueprint_of(ROUTERS["dropless"])
+    params = alone.create_state(seed=0).params
+    by_hand = rounded(params, alone.specs, blocks, element)
+    assert_trees_equal_to_scale(without_wire(told), without_wire(one_step(alone, by_hand)))
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2)], ids=str)
