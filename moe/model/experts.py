@@ -1,5 +1,6 @@
 """The routed experts' weights and their computation on rows sorted by expert."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import matrix, used
 from moe.model.precision import Precision
-from moe.model.products import Products, recorded, spread
+from moe.model.products import Products, recorded, split_of, spread
 from moe.ops.grouped_matmul import grouped_matmul
-from moe.ops.scaled import Recipe, scaled_grouped_matmul
+from moe.ops.scaled import Recipe, Split, scaled_grouped_matmul
 from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
@@ -61,36 +62,47 @@ def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
     return [weights._replace(histories=jax.tree.map(lambda h, i=i: h[i], histories)) for i in range(chunks)]
 
 
+def rows_split(layout: Layout) -> Split:
+    """By which mesh axes rows and the experts' width are split on the devices that `apply_experts` runs on."""
+    tokens = [name for _, names in split_of("BT", layout.activation_spec("BT")) for name in names]
+    rows = dict.fromkeys([*tokens, *layout.expert_axes])
+    width = dict(split_of("EDF", layout.used_spec("EDF"))).get("F", ())
+    return ("R", tuple(rows)), ("F", width)
+
+
 def apply_experts(
     rows_RD: jax.Array,
     counts_E: jax.Array,
     weights: ExpertWeights,
     execution: Execution,
-    recipe: Recipe | None,
+    recipe: Recipe | None = None,
+    split: Split = (),
     gates_R: jax.Array | None = None,
 ) -> jax.Array:
     """Applies expert e to the next counts_E[e] rows.
 
     Args:
         weights: of one part of the rows, as `by_chunk` gives them.
-        recipe: of products in 8 bits.
+        recipe: of products in 8 bits. split: what `rows_split` gives.
         gates_R: f32, by which each row's output is multiplied; None for 1.
 
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows.
     """
-
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
 
-    def product(name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    def product(name: str, x: jax.Array, w: jax.Array, axes: Split) -> jax.Array:
         history, backend = weights.histories.get(name), execution.grouped_matmul
         if recipe is None:
             return recorded(grouped_matmul(x, w, counts_E, backend=backend), x, w, history, owned_R1)
+        multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)
         if recipe.scaling == "delayed":
-            return scaled_grouped_matmul(x, w, counts_E, recipe, history, backend=backend)
-        return recorded(scaled_grouped_matmul(x, w, counts_E, recipe, backend=backend), x, w, history, owned_R1)
+            return multiply(history)
+        return recorded(multiply(), x, w, history, owned_R1)
 
+    # `down` sums over F.
+    down_split = tuple(({"F": "D"}.get(axis, axis), names) for axis, names in split)
     with jax.named_scope("experts"):
-        gate_RF = product("gate", rows_RD, weights.gate_EDF)
-        up_RF = product("up", rows_RD, weights.up_EDF)
-        return product("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD)
+        gate_RF = product("gate", rows_RD, weights.gate_EDF, split)
+        up_RF = product("up", rows_RD, weights.up_EDF, split)
+        return product("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split)

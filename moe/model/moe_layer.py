@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe.model.config import ConfigError, ModelConfig, RouterConfig, divisors
 from moe.model.execution import Execution
-from moe.model.experts import Experts, ExpertWeights, apply_experts, by_chunk
+from moe.model.experts import Experts, ExpertWeights, apply_experts, by_chunk, rows_split
 from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
@@ -105,7 +105,7 @@ class MoELayer(nnx.Module):
         # `tensor` splits the experts' width, and each of its devices then takes the tokens of all of them; or else it
         # shares out the experts, and each takes its own.
         splits_width = layout.config.splits_width
-        recipe = self.precision.recipe
+        recipe, split = self.precision.recipe, rows_split(layout)
 
         def on_each_device(x_BTD, experts_BTK, weights_BTK, weights: ExpertWeights):
             if splits_width:
@@ -121,7 +121,7 @@ class MoELayer(nnx.Module):
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
             y_CAD = [
                 exchange.bring_back(
-                    apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe, each.gates_S), each
+                    apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe, split, each.gates_S), each
                 )
                 for each, own in zip(arrived, by_chunk(weights, chunks), strict=True)
             ]

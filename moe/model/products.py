@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from moe.model.parameter import used
 from moe.model.precision import Precision
-from moe.ops.scaled import Recipe, new_history, scaled_einsum
+from moe.ops.scaled import Recipe, Split, new_history, scaled_einsum
 from parallel.layout import Layout
 
 SCALED_PRODUCT = "scaled_product"
@@ -38,18 +39,39 @@ class Products(nnx.Module):
         """The einsum of x, in the compute format, and a weight."""
         return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
 
+    def watch(self, stack: tuple[int, ...]) -> None:
+        """Gives each product a history, of one step where it has none.
+
+        Args:
+            stack: the axis of stacked layers, where they are.
+        """
+        for name in self.names:
+            if name not in self.histories:
+                self.histories[name] = MagnitudeHistory(jnp.zeros((*stack, 3, 1), jnp.float32))
+
     def history(self, name: str) -> jax.Array | None:
         return self.histories[name][...] if name in self.histories else None
 
 
-def product(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe | None, history: jax.Array | None) -> jax.Array:
-    """The einsum of an activation and a weight, in x's format."""
+def product(
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    recipe: Recipe | None,
+    history: jax.Array | None,
+    split: Split = (),
+) -> jax.Array:
+    """The einsum of an activation and a weight, in x's format.
+
+    Args:
+        split: inside `jax.shard_map`, by which mesh axes each axis is split.
+    """
     if recipe is None:
         return recorded(jnp.einsum(spec, x, w), x, w, history)
     if recipe.scaling == "delayed":
-        y = scaled_einsum(spec, x, w, recipe, history)
+        y = scaled_einsum(spec, x, w, recipe, history, split=split)
     else:
-        y = recorded(scaled_einsum(spec, x, w, recipe), x, w, history)
+        y = recorded(scaled_einsum(spec, x, w, recipe, split=split), x, w, history)
     return checkpoint_name(y, SCALED_PRODUCT)
 
 
@@ -82,6 +104,12 @@ def _backward(saved, dy):
 
 
 _recorded.defvjp(_forward, _backward)
+
+
+def split_of(axes: str, spec: PartitionSpec) -> Split:
+    """What `spec` says of an array with these axes."""
+    names = ((names,) if isinstance(names, str) else tuple(names or ()) for names in spec)
+    return tuple((axis, each) for axis, each in zip(axes, names, strict=False) if each)
 
 
 def largest(x: jax.Array) -> jax.Array:

@@ -108,6 +108,14 @@ class Transformer(nnx.Module):
             for block in stack.blocks:
                 block.attention.adapt(config, self.precision, rngs=rngs)
 
+    def watch(self) -> None:
+        """Has every product note the largest magnitudes of what goes into it (moe/model/products.py)."""
+        self.products.watch(())
+        for (_, repeat), stack in zip(layer_groups(self.config), self.stacks, strict=True):
+            for _, module in nnx.iter_modules(stack):
+                if isinstance(module, Products):
+                    module.watch((repeat,))
+
     def sight(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> Sight:
         """What each token may look at; None as in `__call__`."""
         if positions_BT is None:

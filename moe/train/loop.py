@@ -15,8 +15,9 @@ from rich.console import Console
 
 from moe.model.config import ConfigError, require_positive
 from moe.model.count import train_flops_per_token
-from moe.train.checkpoint import CheckpointStore
+from moe.train.checkpoint import CheckpointError, CheckpointStore
 from moe.train.data import Data
+from moe.train.diagnosis import OVERFLOW, first_wrong
 from moe.train.metrics import MetricsWriter, Record, record_of
 from moe.train.progress import TrainingProgress
 from moe.train.run_folder import RunFolder
@@ -89,25 +90,21 @@ def train(
     after the same step, the one behind that in which the first of them took the signal.
 
     Raises:
-        DivergedError: loss or gradients are no longer finite. No checkpoint holds anything of that step.
+        DivergedError: loss or gradients are no longer finite, or delayed scaling cuts off nearly all of a tensor; it
+            names the first tensor that went wrong. No checkpoint holds anything of that step.
         CheckpointError: a checkpoint cannot be written or read.
     """
     store = CheckpointStore(
         folder.checkpoints, fingerprint=fingerprint, keep=config.keep_checkpoints, earlier=folder.earlier
     )
+    run = _Run(blueprint, data, config, folder, store, console, create_state)
     try:
-        restored = store.restore_latest(blueprint.abstract_state(), console.print)
-        if restored is None:
-            first, state = 0, create_state()
-        else:
-            first, state = restored.step, restored.state
-            if blueprint.lora is not None:
-                state = state._replace(frozen=create_state().frozen)
-            data.train.set_state(restored.data)
-            console.print(f"resuming from the checkpoint of step {first}")
+        first, state = run.begin()
         if first >= config.steps:
             return Outcome(True, first, state, signal=0)
-        return _Run(blueprint, data, config, folder, store, console, first).steps(state, first)
+        if first:
+            console.print(f"resuming from the checkpoint of step {first}")
+        return run.steps(state, first)
     finally:
         store.close()
 
@@ -123,34 +120,48 @@ class _Run:
         folder: RunFolder,
         store: CheckpointStore,
         console: Console,
-        first_step: int,
+        create_state: Callable[[], TrainState],
     ) -> None:
-        self.blueprint, self.data, self.config = blueprint, data, config
-        self.store, self.console = store, console
-        self.writer = MetricsWriter(folder, first_step) if jax.process_index() == 0 else None
-        self.progress = TrainingProgress(console, first_step, config.steps, config.peak_tflops)
+        self.blueprint, self.data, self.config, self.folder = blueprint, data, config, folder
+        self.store, self.console, self.create_state = store, console, create_state
         self.evaluation_step = make_evaluation_step(blueprint, loss_chunk=config.loss_chunk)
+        self.beginning = data.train.get_state()
+        self.step: Any = None
         self.clock = time.perf_counter()
         self.flops_per_token = 0.0
 
+    def begin(self) -> tuple[int, TrainState]:
+        """How many steps are taken, and the state behind them: of the newest good checkpoint, or of the start. The
+        data go on from there."""
+        restored = self.store.restore_latest(self.blueprint.abstract_state(), self.console.print)
+        self.data.train.set_state(self.beginning if restored is None else restored.data)
+        if restored is None:
+            return 0, self.create_state()
+        state = restored.state
+        if self.blueprint.lora is not None:
+            state = state._replace(frozen=self.create_state().frozen)
+        return restored.step, state
+
     def steps(self, state: TrainState, first_step: int) -> Outcome:
         """From `first_step` steps taken to the last, or to a signal."""
-        config, step, taken, stop = self.config, None, first_step, 0
+        config, taken, stop = self.config, first_step, 0
+        self.writer = MetricsWriter(self.folder, first_step) if jax.process_index() == 0 else None
+        self.progress = TrainingProgress(self.console, first_step, config.steps, config.peak_tflops)
         pending: tuple[int, StepMetrics] | None = None
         agreed = Agreement(self.blueprint.layout)
         with _Signals() as signals, self.progress:
             while taken < config.steps and not stop:
                 batch = place_batch(next(self.data.train), self.blueprint.layout)
-                step = step or self._compiled(state, batch)
-                state, metrics = step(state, batch)
+                self.step = self.step or self._compiled(state, batch)
+                state, metrics = self.step(state, batch)
                 taken += 1
                 # The metrics are read one step late, so that the devices never wait for the host.
-                pending = self._tell(pending, (taken, metrics))
+                pending = self._tell(pending, (taken, metrics), state)
                 stop = agreed(signals.received)
                 last = taken == config.steps or stop
                 save, evaluate = taken % config.checkpoint_every == 0, taken % config.evaluate_every == 0
                 if last or save or evaluate:
-                    pending = self._tell(pending, None)
+                    pending = self._tell(pending, None, state)
                     if taken == config.steps or (evaluate and not stop):
                         self._evaluate(state, taken)
                     if last or save:
@@ -183,12 +194,14 @@ class _Run:
         return compiled
 
     def _tell(
-        self, pending: tuple[int, StepMetrics] | None, following: tuple[int, StepMetrics] | None
+        self, pending: tuple[int, StepMetrics] | None, following: tuple[int, StepMetrics] | None, state: TrainState
     ) -> tuple[int, StepMetrics] | None:
-        """Writes down the pending step, which is checked first, and leaves the following one pending."""
+        """Writes down the pending step, which is checked first, and leaves the following one pending. The newest state
+        makes room where the run stops."""
         if pending is not None:
             taken, metrics = pending[0], jax.device_get(pending[1])
-            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm) and metrics.growth <= OVERFLOW):
+                jax.tree.map(jax.Array.delete, state)
                 raise self._stopped(taken, metrics)
             now = time.perf_counter()
             seconds, self.clock = now - self.clock, now
@@ -217,8 +230,10 @@ class _Run:
     def _stopped(self, taken: int, metrics: StepMetrics) -> DivergedError:
         self.store.wait()
         steps = self.store.steps()
+        cause = self._first_wrong(taken)
         kept = f"the last good checkpoint is {self.store.path(steps[-1])}" if steps else "there is no checkpoint yet"
         told = [f"step {taken}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; training stopped, {kept}"]
+        told += [f"  {cause}"]
         if metrics.layers is not None:
             layers = metrics.layers
             told += [
@@ -227,7 +242,25 @@ class _Run:
                 for layer in range(len(layers.load_LE))
             ]
         told.append("try a lower optimizer.learning_rate, a longer warmup, or a smaller optimizer.clip_norm")
+        if self.blueprint.precision.delayed:
+            told[-1] += ", or precision.scaling='tensor', whose scales are those of the present step"
         return DivergedError("\n".join(told))
+
+    def _first_wrong(self, taken: int) -> str:
+        """Which tensor of the step was the first that went wrong: the steps since the last good checkpoint, which give
+        the same numbers again, lead to the state before it."""
+        try:
+            first, state = self.begin()
+            self.console.print(f"looking for the tensor that went wrong: repeating steps {first + 1} to {taken}")
+            for _ in range(first, taken - 1):
+                state, _ = self.step(state, place_batch(next(self.data.train), self.blueprint.layout))
+            batch = place_batch(next(self.data.train), self.blueprint.layout)
+            config = self.config
+            given = {"seed": config.seed, "microbatches": config.microbatches, "loss_chunk": config.loss_chunk}
+            found = first_wrong(self.blueprint, state, batch, **given)
+        except (CheckpointError, jax.errors.JaxRuntimeError) as error:
+            return f"which tensor went wrong could not be found out ({str(error).splitlines()[0]})"
+        return found or "all tensors of the step were finite when it was repeated: suspect the hardware"
 
 
 class _Signals:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe.model.products import product
+from moe.model.products import product, split_of
 from moe.ops.scaled import Recipe
 from parallel.layout import Layout
 
@@ -137,9 +137,13 @@ class _Head(NamedTuple):
     def _logits(self, hidden_BTD: jax.Array) -> tuple[jax.Array, Callable]:
         """logits_BTV f32, and what leads from their gradient to those of hidden, weight and history."""
         if self.recipe is not None or self.history is not None:
-            multiply = partial(product, "BTD,VD->BTV", recipe=self.recipe)
-            wide = (x.astype(jnp.float32) for x in (hidden_BTD, self.w_VD))
-            return jax.vjp(lambda x, w, history: multiply(x, w, history=history), *wide, self.history)
+            layout = self.layout
+            split = (*split_of("BT", layout.activation_spec("BT")), *split_of("VD", layout.used_spec("VD")))
+
+            def multiply(x, w, history):
+                return product("BTD,VD->BTV", x, w, self.recipe, history, split)
+
+            return jax.vjp(multiply, *(x.astype(jnp.float32) for x in (hidden_BTD, self.w_VD)), self.history)
 
         def pull(dlogits_BTV):
             dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)

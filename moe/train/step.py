@@ -128,7 +128,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_targets = batch.weights_BT.sum()
-        key = jax.random.fold_in(run_key(seed, Purpose.STEP), state.step)
+        key = step_key(seed, state.step)
         (grads, histories), (loss, stats) = gradients(state, batch, key, jnp.maximum(num_targets, 1.0))
         rounding = jax.random.fold_in(key, int(Purpose.ROUNDING))
         with jax.named_scope("optimizer"):
@@ -159,6 +159,11 @@ def make_train_step(
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The random key of the run's step with this number."""
+    return jax.random.fold_in(run_key(seed, Purpose.STEP), step)
 
 
 def make_evaluation_step(

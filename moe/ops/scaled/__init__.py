@@ -7,3 +7,4 @@ from moe.ops.scaled.history import new_history as new_history
 from moe.ops.scaled.recipe import Format as Format
 from moe.ops.scaled.recipe import Recipe as Recipe
 from moe.ops.scaled.recipe import Scaling as Scaling
+from moe.ops.scaled.recipe import Split as Split

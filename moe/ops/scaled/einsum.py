@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
+from moe.ops.scaled.partitioned import block_scaled_einsum
 from moe.ops.scaled.quantize import Scaled, multiplied, quantize, spread, sum_dtype, widened
-from moe.ops.scaled.recipe import Recipe
+from moe.ops.scaled.recipe import Recipe, Split
 from parallel.platform import platform
 
 
-def scaled_einsum(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe, history: jax.Array | None = None) -> jax.Array:
+def scaled_einsum(
+    spec: str, x: jax.Array, w: jax.Array, recipe: Recipe, history: jax.Array | None = None, *, split: Split = ()
+) -> jax.Array:
     """jnp.einsum(spec, x, w) with operands in 8 bits; the gradients of x and w likewise, from dy in 8 bits.
 
     Sums are taken in float32, of int8 in int32. What is kept for the backward pass are the 8-bit operands.
@@ -21,6 +24,7 @@ def scaled_einsum(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe, history
         spec: of an activation and a weight, as "BTD,DNH->BTNH": every letter twice, none of them three times.
         x: the activation. w: the weight, of x's dtype.
         history: with "delayed" only, f32 [3, HISTORY_LENGTH]; its cotangent is the next one (`moe.ops.scaled.history`).
+        split: inside `jax.shard_map`, the mesh axes that split each axis; scales are then those of the whole arrays.
 
     Returns:
         of x's dtype.
@@ -34,29 +38,32 @@ def scaled_einsum(spec: str, x: jax.Array, w: jax.Array, recipe: Recipe, history
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w {w.dtype}: cast both to the compute format")
     recipe.check_history(history)
-    return _einsum(spec, recipe, x, w, history)
+    return _einsum(spec, recipe, split, x, w, history)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum(spec: str, recipe: Recipe, x: jax.Array, w: jax.Array, history: jax.Array | None) -> jax.Array:
-    return _forward(spec, recipe, x, w, history)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(
+    spec: str, recipe: Recipe, split: Split, x: jax.Array, w: jax.Array, history: jax.Array | None
+) -> jax.Array:
+    return _forward(spec, recipe, split, x, w, history)[0]
 
 
-def _forward(spec: str, recipe: Recipe, x, w, history):
+def _forward(spec: str, recipe: Recipe, split: Split, x, w, history):
     (a, b, out), dtype = _letters(spec), recipe.forward_dtype
+    quantized = partial(_quantized, recipe, split, dtype)
     if history is not None:
         x_y, x_largest = quantize_delayed(x, dtype, history, X)
         w_y, w_largest = quantize_delayed(w, dtype, history, W)
         saved, past = (x_y, w_y), (history, x_largest, w_largest)
     else:
-        x_y, w_y = quantize(x, dtype, recipe.shared(a, out)), quantize(w, dtype, recipe.shared(b, out, weight=True))
+        x_y, w_y = quantized(x, a, out), quantized(w, b, out, weight=True)
         # The backward products sum over other axes, along which others share a scale.
-        x_dw, w_dx = quantize(x, dtype, recipe.shared(a, b)), quantize(w, dtype, recipe.shared(b, a, weight=True))
+        x_dw, w_dx = quantized(x, a, b), quantized(w, b, a, weight=True)
         saved, past = (x_dw, w_dx), None
     return product(spec, x_y, w_y, x.dtype), (*saved, past)
 
 
-def _backward(spec: str, recipe: Recipe, saved, dy: jax.Array):
+def _backward(spec: str, recipe: Recipe, split: Split, saved, dy: jax.Array):
     (a, b, out), dtype = _letters(spec), recipe.gradient_dtype
     x, w, past = saved
     history = None
@@ -66,7 +73,7 @@ def _backward(spec: str, recipe: Recipe, saved, dy: jax.Array):
         dy_dw = dy_dx
         history = next_history(history, (x_largest, w_largest, dy_largest))
     else:
-        dy_dx, dy_dw = quantize(dy, dtype, recipe.shared(out, a)), quantize(dy, dtype, recipe.shared(out, b))
+        dy_dx, dy_dw = (_quantized(recipe, split, dtype, dy, out, into) for into in (a, b))
     dx, dw = product(f"{out},{b}->{a}", dy_dx, w, dy.dtype), product(f"{a},{out}->{b}", x, dy_dw, dy.dtype)
     return dx, dw, history
 
@@ -74,12 +81,17 @@ def _backward(spec: str, recipe: Recipe, saved, dy: jax.Array):
 _einsum.defvjp(_forward, _backward)
 
 
+def _quantized(recipe: Recipe, split: Split, dtype, x: jax.Array, own: str, out: str, *, weight: bool = False):
+    """An operand with the axes `own`, for a product whose result has the axes `out`."""
+    return quantize(x, dtype, recipe.shared(own, out, weight=weight), recipe.over(own, out, split))
+
+
 def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:
     """The einsum of two scaled arrays."""
     left, right, out = _letters(spec)
     if _scaled_along_the_sum(a, left, out) or _scaled_along_the_sum(b, right, out):
         if platform() == "gpu":
-            raise NotImplementedError
+            return block_scaled_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
         return jnp.einsum(spec, widened(a), widened(b), preferred_element_type=jnp.float32).astype(dtype)
     x, w = (a.values, b.values) if platform() == "gpu" else (multiplied(a), multiplied(b))
     # The highest precision keeps sums of fp8 in float32, where a tensor core would drop bits of them.

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from moe.ops.grouped_matmul.blocked import rows_product, weights_product
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
 from moe.ops.scaled.quantize import BLOCK, EACH, Scaled, multiplied, quantize, spread, sum_dtype, widened
-from moe.ops.scaled.recipe import Recipe
+from moe.ops.scaled.recipe import Recipe, Split
 from moe.ops.scaled.triton import rows_kernel, weights_kernel
 from parallel.platform import platform
 
@@ -26,6 +26,7 @@ def scaled_grouped_matmul(
     history: jax.Array | None = None,
     *,
     backend: Backend = "auto",
+    split: Split = (),
 ) -> jax.Array:
     """`moe.ops.grouped_matmul.grouped_matmul` with operands in 8 bits; its gradients likewise, from dy in 8 bits.
 
@@ -38,6 +39,7 @@ def scaled_grouped_matmul(
         history: with "delayed" only, f32 [3, HISTORY_LENGTH]; its cotangent is the next one (`moe.ops.scaled.history`).
         backend: "blocked" for CPU, with float32 sums of exactly the 8-bit values; "triton" for NVIDIA GPUs; "auto"
             takes "triton" there and "blocked" elsewhere.
+        split: inside `jax.shard_map`, the mesh axes that split R, D and F; scales are then those of the whole arrays.
 
     Returns:
         y_RF of x's dtype.
@@ -61,7 +63,7 @@ def scaled_grouped_matmul(
     if backend == "triton" and platform() != "gpu":
         raise ValueError(f'backend "triton" needs an NVIDIA GPU, this is {platform()}: use "blocked" or "auto"')
     products = BLOCKED if backend == "blocked" else triton_products(interpret=False)
-    return grouped(recipe, products, x_RD, w_EDF, sizes_E, history)
+    return grouped(recipe, products, split, x_RD, w_EDF, sizes_E, history)
 
 
 class Products(NamedTuple):
@@ -76,20 +78,21 @@ class Products(NamedTuple):
     weights: Callable[[Scaled, Scaled, jax.Array, DTypeLike], jax.Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def grouped(
     recipe: Recipe,
     products: Products,
+    split: Split,
     x_RD: jax.Array,
     w_EDF: jax.Array,
     sizes_E: jax.Array,
     history: jax.Array | None,
 ) -> jax.Array:
     """The product by a given backend, unguarded: compiled for a GPU where there is none, or interpreted in a test."""
-    return _forward(recipe, products, x_RD, w_EDF, sizes_E, history)[0]
+    return _forward(recipe, products, split, x_RD, w_EDF, sizes_E, history)[0]
 
 
-def _forward(recipe: Recipe, products: Products, x_RD, w_EDF, sizes_E, history):
+def _forward(recipe: Recipe, products: Products, split: Split, x_RD, w_EDF, sizes_E, history):
     x_RD, dtype = _owned(x_RD, sizes_E), recipe.forward_dtype
     if history is not None:
         x, x_largest = quantize_delayed(x_RD, dtype, history, X)
@@ -97,16 +100,19 @@ def _forward(recipe: Recipe, products: Products, x_RD, w_EDF, sizes_E, history):
         saved, past = (x, w), (history, x_largest, w_largest)
     else:
         # An expert's scales are its own. The backward products sum over other axes, along which others share a scale.
-        x = quantize(x_RD, dtype, recipe.shared("RD", "RF"))
-        w = quantize(w_EDF, dtype, (EACH, *recipe.shared("DF", "RF", weight=True)))
-        x_dw = quantize(x_RD, dtype, recipe.shared("RD", "DF"))
-        w_dx = quantize(w_EDF, dtype, (EACH, *recipe.shared("DF", "RD", weight=True)))
+        x, x_dw = (
+            quantize(x_RD, dtype, recipe.shared("RD", out), recipe.over("RD", out, split)) for out in ("RF", "DF")
+        )
+        w, w_dx = (
+            quantize(w_EDF, dtype, (EACH, *recipe.shared("DF", out, weight=True)), recipe.over("DF", out, split))
+            for out in ("RF", "RD")
+        )
         saved, past = (x_dw, w_dx), None
     y_RF = _owned(products.rows(x, w, sizes_E, 0, x_RD.dtype), sizes_E)
     return y_RF, (*saved, sizes_E, past)
 
 
-def _backward(recipe: Recipe, products: Products, saved, dy_RF: jax.Array):
+def _backward(recipe: Recipe, products: Products, split: Split, saved, dy_RF: jax.Array):
     x, w, sizes_E, past = saved
     dy_RF, dtype = _owned(dy_RF, sizes_E), recipe.gradient_dtype
     history = None
@@ -116,8 +122,9 @@ def _backward(recipe: Recipe, products: Products, saved, dy_RF: jax.Array):
         dy_dx = dy_dw = dy
         history = next_history(history, (x_largest, w_largest, dy_largest))
     else:
-        dy_dx = quantize(dy_RF, dtype, recipe.shared("RF", "RD"))
-        dy_dw = quantize(dy_RF, dtype, recipe.shared("RF", "DF"))
+        dy_dx, dy_dw = (
+            quantize(dy_RF, dtype, recipe.shared("RF", out), recipe.over("RF", out, split)) for out in ("RD", "DF")
+        )
     dx_RD = _owned(products.rows(dy_dx, w, sizes_E, 1, dy_RF.dtype), sizes_E)
     return dx_RD, products.weights(x, dy_dw, sizes_E, dy_RF.dtype), None, history
 

@@ -62,9 +62,17 @@ def scales_for(largest: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 1, scales), jnp.nan)
 
 
-def quantize(x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...]) -> Scaled:
-    """The nearest values of the format, of x with its own largest magnitudes as the scales."""
-    scales = scales_for(largest_magnitude(x, shared), dtype)
+def quantize(x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...], over: tuple[str, ...] = ()) -> Scaled:
+    """The nearest values of the format, of x with its own largest magnitudes as the scales.
+
+    Args:
+        over: mesh axes, inside `jax.shard_map`, over which what shares a scale goes on.
+    """
+    largest = largest_magnitude(x, shared)
+    if over:
+        # The maximum over devices may pass over a nan, which its own device then keeps.
+        largest = jnp.where(jnp.isnan(largest), largest, jax.lax.pmax(largest, over))
+    scales = scales_for(largest, dtype)
     return Scaled(rounded(x, scales, dtype), scales)
 
 

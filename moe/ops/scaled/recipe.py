@@ -10,6 +10,8 @@ from moe.ops.scaled.quantize import ALL, BLOCK, EACH
 
 Format = Literal["fp8", "int8"]
 Scaling = Literal["tensor", "delayed", "row", "block"]
+Split = tuple[tuple[str, tuple[str, ...]], ...]
+"""Inside `jax.shard_map`: (axis of an array, mesh axes that split it), for each axis that is split."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Recipe:
                 return tuple(BLOCK if axis in blocks else EACH for axis in own)
             case _:
                 return (ALL,) * len(own)
+
+    def over(self, own: str, out: str, split: Split) -> tuple[str, ...]:
+        """Mesh axes over which goes on what shares a scale by `shared`. Blocks end with a device's part."""
+        shared = dict(zip(own, self.shared(own, out), strict=True))
+        return tuple(name for axis, names in split if shared.get(axis) == ALL for name in names)
 
     def check_history(self, history: object | None) -> None:
         """

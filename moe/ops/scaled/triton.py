@@ -29,7 +29,7 @@ def rows_kernel(
     dtype: DTypeLike,
     interpret: bool,
 ) -> jax.Array:
-    """Each row times its expert's matrix, or with contract_w=1 the matrix's transpose. The padding's rows are unwritten.
+    """Each row times its expert's matrix, or with contract_w=1 the matrix's transpose. The padding is left unwritten.
 
     Args:
         scales_RS, scales_ESF: f32, of the S parts into which D is cut evenly (F stands for what is not summed over).

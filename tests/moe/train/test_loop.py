@@ -131,6 +131,7 @@ def test_steps_that_are_not_finite_stop_the_run(folder, monkeypatch):
     assert message.startswith("step 10: loss nan")
     assert "the last good checkpoint is" in message
     assert "00000008" in message
+    assert "all tensors of the step were finite when it was repeated" in message
     assert "layer 1: largest load" in message
     assert not (path / "checkpoints/00000012").exists()
 

@@ -10,7 +10,7 @@ LAYERS = LayerStats(
     np.array([[0.25, 0.75], [0.5, 0.5]], np.float32), np.zeros(2), np.zeros(2), np.full(2, 0.6),
     np.full(2, 1024.0), np.zeros(2),
 )  # fmt: skip
-METRICS = StepMetrics(2.0, 1.0, 3.0, 0.5, 1e-3, 100, LAYERS)
+METRICS = StepMetrics(2.0, 1.0, 3.0, 0.5, 1e-3, 0.0, 100, LAYERS)
 
 
 def test_a_record_in_plain_numbers():

@@ -1,0 +1,170 @@
+"""Which tensor was the first that went wrong in a step: for a step that is computed once more, outside of training.
+
+The model's products note the largest magnitudes of what goes into them (moe/model/products.py): of an activation and a
+weight in the forward pass, of a gradient in the backward one. The first of them in the order in which they are computed
+that is not finite, or with delayed scaling far beyond what its scale was made for, is told.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from moe.model.config import ModelConfig
+from moe.model.products import MagnitudeHistory
+from moe.model.transformer import layer_groups
+from moe.ops.scaled import Recipe
+from moe.ops.scaled.history import DY, W, X
+from moe.ops.scaled.quantize import scales_for
+from moe.train.checkpoint import named
+from moe.train.data import Batch
+from moe.train.objective import make_objective
+from moe.train.state import Blueprint, TrainState, fresh_model
+from moe.train.step import split_batch, step_key
+
+OVERFLOW = 16.0
+"""Times the largest magnitude of all steps that delayed scaling looks back on. Up to there values are cut off, as
+Transformer Engine does it; beyond, hardly anything of a tensor would be left."""
+
+
+_PRODUCTS = ("k", "v", "q", "o", "gate", "up", "down", "head")
+"""Within a part of a layer, in the order in which they are computed."""
+
+
+class Seen(NamedTuple):
+    """A tensor of the step.
+
+    name: what it is, and of which layer. largest: its largest magnitude.
+    known: from which delayed scaling made its scale; 0 where nothing was known.
+    dtype: in which products take it; None for what is no operand of one.
+    """
+
+    name: str
+    largest: float
+    known: float = 0.0
+    dtype: DTypeLike | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        return not np.isfinite(self.largest) or bool(self.known and self.largest > OVERFLOW * self.known)
+
+
+def first_wrong(
+    blueprint: Blueprint, state: TrainState, batch: Batch, *, seed: int, microbatches: int, loss_chunk: int
+) -> str | None:
+    """Of the step from `state` with `batch`, which are those before it: a sentence, or None where all is well.
+
+    Args: as of `moe.train.step.make_train_step`.
+    """
+    graph, unseen = _watched(blueprint)
+    watched, histories = replace(blueprint, graph=graph), state.histories or unseen
+    objective = make_objective(watched, microbatches=microbatches, loss_chunk=loss_chunk)
+
+    def magnitudes(state: TrainState, histories: Any, batch: Batch) -> Any:
+        num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
+        parts = jax.tree.map(lambda x: split_batch(x, microbatches, blueprint.layout), batch)
+
+        def one(_, numbered):
+            number, part = numbered
+            given = (state.balance, state.frozen, part, jax.random.fold_in(step_key(seed, state.step), number))
+            take = jax.grad(objective, argnums=(0, 1), has_aux=True)
+            (grads, following), _ = take(state.params, histories, None, *given, num_targets)
+            grads = blueprint.by_axes(blueprint.layout.constrain_gradient, grads)
+            return None, (_by_layer(grads), jax.tree.map(lambda h: h[..., 0], following))
+
+        of_parts = jax.lax.scan(one, None, (jnp.arange(microbatches), parts))[1]
+        grads, products = jax.tree.map(lambda x: x.max(0), of_parts)
+        return _by_layer((state.params, state.frozen)), products, grads
+
+    weights, products, gradients = jax.device_get(jax.jit(magnitudes)(state, histories, batch))
+    known = jax.tree.map(lambda h: np.asarray(h).max(-1), histories)
+    order = [
+        *_tensors(blueprint.config, "the weight", weights),
+        *_operands(blueprint, products, known),
+        *_tensors(blueprint.config, "the gradient of", gradients),
+    ]
+    found = next((each for each in order if each.is_wrong), None)
+    return None if found is None else _told(found, blueprint.precision.recipe)
+
+
+def _watched(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
+    """The model with a history for each product, and histories of nothing."""
+
+    def model() -> nnx.Module:
+        given = (blueprint.config, blueprint.precision, blueprint.execution, blueprint.lora)
+        model = fresh_model(*given, jax.random.key(0))
+        model.watch()
+        return model
+
+    abstract = nnx.eval_shape(model)
+    unseen = nnx.to_pure_dict(nnx.state(abstract, MagnitudeHistory))
+    return nnx.graphdef(abstract), jax.tree.map(lambda h: jnp.zeros(h.shape, h.dtype), unseen)
+
+
+def _by_layer(tree: Any) -> Any:
+    """The largest magnitudes of arrays; of those that are stacked, which stand in "stacks", by layer of the stack."""
+
+    def largest(path: Any, x: jax.Array) -> jax.Array:
+        stacked = any(getattr(key, "key", None) == "stacks" for key in path)
+        return jnp.abs(x.astype(jnp.float32)).max(tuple(range(1 if stacked else 0, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(largest, tree)
+
+
+def _tensors(config: ModelConfig, what: str, largest: dict[str, Any]) -> Iterator[Seen]:
+    for name, values in named(largest).items():
+        for group, value in enumerate(np.atleast_1d(values)):
+            layer, part = _place(config, name, group)
+            yield Seen(f"{what} {part}{'' if layer is None else f' of layer {layer}'}", float(value))
+
+
+def _operands(blueprint: Blueprint, products: dict[str, Any], known: dict[str, Any]) -> Iterator[Seen]:
+    """What goes into the products, in the order in which they are computed: forward, and then the gradients back."""
+    found = []
+    limits = named(known)
+    for name, values in named(products).items():
+        for group, (largest, limit) in enumerate(zip(*map(_rows, (values, limits[name])), strict=True)):
+            layer, part = _place(blueprint.config, name, group)
+            where, _, product = part.replace("products.histories.", "").rpartition(".")
+            told = f"{where or 'the head'}'s product{f' {product!r} of layer {layer}' if where else ''}"
+            found.append(((np.inf if layer is None else layer, where, _PRODUCTS.index(product)), told, largest, limit))
+    found.sort(key=lambda each: each[0])
+    recipe = blueprint.precision.recipe
+    forward, backward = (None, None) if recipe is None else (recipe.forward_dtype, recipe.gradient_dtype)
+    for _, told, largest, limit in found:
+        yield Seen(f"the activation that goes into {told}", float(largest[X]), float(limit[X]), forward)
+        yield Seen(f"the weight in {told}", float(largest[W]), float(limit[W]), forward)
+    for _, told, largest, limit in reversed(found):
+        yield Seen(f"the gradient that comes back to {told}", float(largest[DY]), float(limit[DY]), backward)
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    return np.reshape(values, (-1, 3))
+
+
+def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]:
+    """The layer, and the rest of a name such as "stacks.0.blocks.1.attention.w_q_DNH", in one group of its stack."""
+    _, found, inside = name.partition("stacks.")
+    if not found:
+        return None, name
+    stack, _, block, part = inside.split(".", 3)
+    groups = layer_groups(config)
+    first = sum(len(dense) * repeat for dense, repeat in groups[: int(stack)])
+    return first + group * len(groups[int(stack)][0]) + int(block), part
+
+
+def _told(found: Seen, recipe: Recipe | None) -> str:
+    finite = np.isfinite(found.largest)
+    problem = f"over its format's range more than {OVERFLOW:g} times" if finite else "not finite"
+    sentence = f"the first tensor that is {problem} is {found.name}: its largest magnitude is {found.largest:.6g}"
+    if recipe is None or found.dtype is None:
+        return sentence
+    if recipe.scaling in ("row", "block"):
+        return f"{sentence}, with a scale for each {recipe.scaling} ({recipe.format})"
+    scale = float(scales_for(jnp.float32(found.known or found.largest), found.dtype))
+    return f"{sentence}, its scale {scale:.6g} ({jnp.dtype(found.dtype).name}, {recipe.scaling})"
