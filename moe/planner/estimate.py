@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.model.transformer import layer_groups
+from moe.planner.estimate_states import moment_bytes, refuse_unmodelled
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
 from moe.planner.layer_work import Layer, alone, together
@@ -18,8 +19,9 @@ from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Us
 from parallel.layout import BATCH_AXES
 from parallel.pipeline import Schedule
 
-ADAM_PASSES = 7
-"""Numbers that AdamW reads (parameter, gradient, two moments) and writes (all but the gradient) for each parameter."""
+PARAMETER_PASSES = 4
+"""Numbers that AdamW reads (parameter, gradient, and this once more for its norm) and writes (parameter), beside what
+it keeps for each parameter, which it reads and writes once."""
 
 
 def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -> Work:
@@ -27,7 +29,11 @@ def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -
     Args:
         devices_per_node: consecutive devices of the mesh that share a node.
         how: what the settings leave open; our own programs by default.
+
+    Raises:
+        ConfigError: the job's optimizer is not modelled.
     """
+    refuse_unmodelled(job)
     step = _Step(Sizes(job, devices_per_node), how)
     return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")
 
@@ -268,15 +274,17 @@ class _Step:
             yield from self._sums_of_tables()
         weights = self.trained()
         own = sum(numbers / s.over(*axes) for axes, numbers in weights.items())
+        moments = 2 * own * moment_bytes(self.job)
+        kept = moments + (own * s.stored if self.job.optimizer.rounding == "kahan" else 0)
         if layout.gradients == "host":
             # There once, and back for their norm and for the update.
             yield from self._by_host("gradients", "to-host", own * 4)
             yield from self._by_host("gradients", "to-device", 2 * own * 4)
         if layout.optimizer_states == "host":
-            yield from self._by_host("states", "to-device", 2 * own * 4)
-        yield Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * (ADAM_PASSES + 1), "f32")
+            yield from self._by_host("states", "to-device", kept)
+        yield Run("adamw", "optimizer", "elementwise", 0.0, own * 4 * PARAMETER_PASSES + 2 * kept, "f32")
         if layout.optimizer_states == "host":
-            yield from self._by_host("states", "to-host", 2 * own * 4)
+            yield from self._by_host("states", "to-host", kept)
         if layout.zero < 3 and not self.how.sums_once:
             for axes, numbers in weights.items():
                 name = "gather.parameters." + "x".join(axes)

@@ -16,7 +16,7 @@ from moe.model.parameter import ParameterSpec
 from moe.model.transformer import layer_groups
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
-from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
+from moe.planner.estimate_states import States, abstract_layout, numbers, refuse_unmodelled, states_of
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Memory, Part
@@ -28,9 +28,11 @@ from parallel.pipeline import Schedule
 def estimate_memory(job: Job, chip: Chip, devices_per_node: int) -> Memory:
     """
     Raises:
-        LayoutError, ConfigError, PipelineError: the job does not divide over its mesh.
+        LayoutError, ConfigError, PipelineError: the job does not divide over its mesh, or no estimate knows its
+            optimizer.
     """
     del chip  # Shapes are the same on all of them.
+    refuse_unmodelled(job)
     estimate = _Estimate.of(job, devices_per_node)
     parts = estimate.training() if job.kind == "train" else estimate.serving()
     total = sum(parts.values())

@@ -11,13 +11,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from moe.model.adapter import LoraConfig
-from moe.model.config import ModelConfig
+from moe.model.config import ConfigError, ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import ParameterSpec, is_spec, specs_of, stored
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.planner.job import Job
 from moe.train.optimizer import OptimizerConfig
+from moe.train.optimizers.moments import format_of
 from moe.train.state import Blueprint, TrainState, make_blueprint, optimizer_shardings
 from parallel.layout import SINGLE_DEVICE, Layout
 
@@ -62,6 +63,27 @@ def states_of(job: Job, layout: Layout) -> States:
         _bytes(state.params, params) + _bytes(state.frozen, frozen) + balance,
         _bytes(state.opt_state, opt_state),
     )
+
+
+def refuse_unmodelled(job: Job) -> None:
+    """
+    Raises:
+        ConfigError: an optimizer whose states are known, but not what its update does.
+    """
+    if job.kind == "train" and job.optimizer.kind != "adamw":
+        raise ConfigError(
+            f"optimizer.kind={job.optimizer.kind!r}: only AdamW's update can be estimated; plan without --estimate, "
+            "which compiles the step, or set kind='adamw'"
+        )
+
+
+def moment_bytes(job: Job) -> float:
+    """Bytes of one of Adam's two moments, scales included; the mean over the trained parameters."""
+    if job.optimizer.states == "float32":
+        return 4.0
+    blueprint, _ = _trained(job.model, job.precision, job.optimizer, job.steps, job.lora)
+    sizes = [(math.prod(spec.shape), format_of(spec, job.optimizer.states)) for spec in _leaves(blueprint.specs)]
+    return sum(size * format.bytes for size, format in sizes) / sum(size for size, _ in sizes)
 
 
 def numbers(sharding: Any, shape: tuple[int, ...]) -> int:

@@ -57,6 +57,11 @@ def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}
+    # Float32 parameters lose nothing that these would keep.
+    if job.optimizer.master_weights:
+        settings["optimizer.master_weights"] = False
+    if job.optimizer.rounding != "nearest":
+        settings["optimizer.rounding"] = "nearest"
     return Variant("bfloat16", "off", "float32 throughout, attention in chunks", settings)
 
 
@@ -167,6 +172,14 @@ def _offload(job: Job, cluster: Cluster, active: int) -> Variant | None:
     return Variant("offload", "on", "optimizer states on the host", {"layout.optimizer_states": "host"})
 
 
+def _small_states(job: Job, cluster: Cluster, active: int) -> Variant | None:
+    if job.kind != "train" or job.optimizer.kind == "adafactor":
+        return None
+    if job.optimizer.states in ("int8", "fp8"):
+        return Variant("8-bit optimizer", "off", "optimizer states in float32", {"optimizer.states": "float32"})
+    return Variant("8-bit optimizer", "on", "optimizer states in int8", {"optimizer.states": "int8"})
+
+
 def _tensor(job: Job, cluster: Cluster) -> int:
     return _largest(job, cluster.gpus_per_node, job.model.num_kv_heads)
 
@@ -203,6 +216,7 @@ LEVERS: tuple[Lever, ...] = (
     _axis("pipeline", "stage", _stages),
     _recomputation,
     _offload,
+    _small_states,
     _shared_layers,
     _shared_heads,
     _hierarchical,

@@ -196,14 +196,14 @@ def _directions(
     adam = scale_by_adam(by_spec(lambda spec: format_of(spec, config.states)), config.b1, config.b2, config.eps)
     if config.kind == "adamw":
         return [adam]
-    ours, others = (by_spec(lambda spec, which=which: (spec.kind in MATRICES) == which) for which in (True, False))
+    ours = by_spec(lambda spec: spec.kind in MATRICES)
     if not any(jax.tree.leaves(ours)):
         raise ConfigError(
             f"optimizer.kind='muon': none of the trained parameters is one of {', '.join(MATRICES)}; set kind='adamw'"
         )
     matrices = by_spec(lambda spec: Orthogonalized(spec.axes, format_of(spec, config.states)))
     muon = scale_by_muon(matrices, config.momentum, layout, dtype)
-    return [optax.masked(muon, ours), optax.masked(adam, others)]
+    return [optax.masked(muon, ours), optax.masked(adam, by_spec(lambda spec: spec.kind not in MATRICES))]
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:

@@ -30,9 +30,9 @@ class Factors(NamedTuple):
 
 
 class AdafactorState(NamedTuple):
-    """count: i32[], steps. squares: for each parameter Factors, or the means themselves of what is no matrix."""
+    """steps: i32[], taken. squares: for each parameter Factors, or the means themselves of what is no matrix."""
 
-    count: jax.Array
+    steps: jax.Array
     squares: Any
 
 
@@ -52,20 +52,18 @@ def scale_by_adafactor(axes: Any, largest_decay: float = 0.999) -> optax.Gradien
 
     def init(params: Any) -> AdafactorState:
         def zeros(own: MatrixAxes, parameter: jax.Array) -> Factors | jax.Array:
-            squares = jnp.zeros(parameter.shape, jnp.float32)
-            return _factored(squares, own) if own.is_matrix else squares
+            return _means(jnp.zeros(parameter.shape, jnp.float32), own)
 
         return AdafactorState(jnp.zeros((), jnp.int32), by_leaf(zeros, axes, params))
 
     def update(gradients: Any, state: AdafactorState, params: Any = None):
         del params
-        count = optax.safe_increment(state.count)
-        decay = jnp.minimum(1 - count.astype(jnp.float32) ** -DECAY, largest_decay)
+        steps = optax.safe_increment(state.steps)
+        decay = jnp.minimum(1 - steps.astype(jnp.float32) ** -DECAY, largest_decay)
 
         def step(own: MatrixAxes, gradient: jax.Array, squares: Any) -> _Stepped:
             gradient = gradient.astype(jnp.float32)
-            found = gradient**2 + EPSILON
-            found = _factored(found, own) if own.is_matrix else found
+            found = _means(gradient**2 + EPSILON, own)
             squares = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, squares, found)
             mean = squares
             if own.is_matrix:
@@ -75,10 +73,12 @@ def scale_by_adafactor(axes: Any, largest_decay: float = 0.999) -> optax.Gradien
             return _Stepped(wanted / jnp.maximum(1.0, size / CLIP), squares)
 
         updates, squares = parted(_Stepped, by_leaf(step, axes, gradients, state.squares))
-        return updates, AdafactorState(count, squares)
+        return updates, AdafactorState(steps, squares)
 
     return optax.GradientTransformation(init, update)
 
 
-def _factored(squares: jax.Array, own: MatrixAxes) -> Factors:
+def _means(squares: jax.Array, own: MatrixAxes) -> Factors | jax.Array:
+    if not own.is_matrix:
+        return squares
     return Factors(squares.mean(own.columns, keepdims=True), squares.mean(own.rows, keepdims=True))

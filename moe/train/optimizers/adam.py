@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
-from moe.train.optimizers.moments import all_decoded, all_encoded, widened
+from moe.train.optimizers.moments import all_decoded, all_encoded, all_zero, widened
 
 
 def scale_by_adam(formats: Any, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
@@ -20,7 +21,8 @@ def scale_by_adam(formats: Any, b1: float = 0.9, b2: float = 0.95, eps: float = 
         return optax.ScaleByAdamState(state.count, mu, nu)
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        return kept(adam.init(widened(params)))
+        zeros = (all_zero(formats, params, signed) for signed in (True, False))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
 
     def update(gradients: Any, state: optax.ScaleByAdamState, params: Any = None):
         del params

@@ -71,6 +71,13 @@ class MomentFormat:
         if (self.name in ("int8", "fp8")) != bool(self.block):
             raise ValueError(f"moments in {self.name} with block={self.block}: int8 and fp8 have blocks, others none")
 
+    @property
+    def bytes(self) -> float:
+        """Of one moment, with its part of a scale."""
+        if self.block:
+            return 1 + 4 / math.prod(self.block)
+        return jnp.dtype(self.name).itemsize
+
 
 def format_of(spec: ParameterSpec, states: States) -> MomentFormat:
     """The format of a parameter's moments, by the rules above; bfloat16 is for every matrix."""
@@ -146,6 +153,22 @@ def dynamic_map(signed: bool) -> np.ndarray:
     return np.sort(np.array(numbers)).astype(np.float32)
 
 
+def all_zero(formats: Any, params: Any, signed: bool) -> Any:
+    """Moments of a run's beginning, in a tree like the parameters'; not by `encoded`, which XLA would work out, slowly,
+    while it compiles."""
+
+    def zeros(format: MomentFormat, parameter: jax.Array) -> jax.Array | Blocks:
+        shape = parameter.shape
+        if not format.block:
+            return jnp.zeros(shape, format.name)
+        values = jnp.zeros(shape, _FP8.dtype)
+        if format.name == "int8":
+            values = jnp.full(shape, np.searchsorted(dynamic_map(signed), 0.0), jnp.uint8)
+        return Blocks(values, jnp.ones(_blocks(shape, format.block)[0], jnp.float32))
+
+    return by_leaf(zeros, formats, params)
+
+
 def all_encoded(formats: Any, tree: Any, signed: bool) -> Any:
     """`encoded` of a tree of moments. formats: a MomentFormat for each part of it."""
     return by_leaf(lambda format, x: encoded(x, format, signed=signed), formats, tree)
@@ -185,6 +208,12 @@ def parted(kind: type[Any], tree: Any) -> tuple[Any, ...]:
 
 
 def _cut(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    """Each axis as (blocks, values of one); L, where x has it, as (L, 1)."""
-    block = (1,) * (x.ndim - len(block)) + block
-    return x.reshape([n for size, length in zip(x.shape, block, strict=True) for n in (size // length, length)])
+    """Each axis as (blocks, values of one)."""
+    counts, lengths = _blocks(x.shape, block)
+    return x.reshape([n for pair in zip(counts, lengths, strict=True) for n in pair])
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Along each axis, how many blocks there are and how long they are: 1 along those in front."""
+    lengths = (1,) * (len(shape) - len(block)) + block
+    return tuple(size // length for size, length in zip(shape, lengths, strict=True)), lengths

@@ -3,7 +3,9 @@
 Matrices are those of attention, experts and dense layers, one for each layer and each expert; the heads of a projection
 belong to one matrix. All else is for another optimizer. Where the momentum is shared out over devices, each first
 gathers whole matrices, as many as are its share, by all-to-alls; then it orthogonalizes those alone, and sends the
-parts back. Every matrix is orthogonalized as on a single device, and the momentum is kept shared out.
+parts back. Every matrix is orthogonalized as on a single device, and the momentum is kept shared out. Where there are
+more devices than matrices of a parameter some have none. `optax.contrib.muon` leaves to XLA who does what, and divides
+the momentum by 1 - b^t, as the paper does not.
 """
 
 import math
@@ -17,7 +19,7 @@ from jax.typing import DTypeLike
 
 from moe.model.parameter import QUANTIZED_KINDS
 from moe.train.optimizers.matrices import matrix_axes
-from moe.train.optimizers.moments import Blocks, MomentFormat, by_leaf, decoded, encoded, parted
+from moe.train.optimizers.moments import Blocks, MomentFormat, all_zero, by_leaf, decoded, encoded, parted
 from parallel.layout import SINGLE_DEVICE, Layout
 
 MATRICES = QUANTIZED_KINDS
@@ -61,10 +63,7 @@ def scale_by_muon(
     """
 
     def init(params: Any) -> MuonState:
-        def zeros(own: Orthogonalized, parameter: jax.Array) -> jax.Array | Blocks:
-            return encoded(jnp.zeros(parameter.shape, jnp.float32), own.format, signed=True)
-
-        return MuonState(by_leaf(zeros, parameters, params))
+        return MuonState(all_zero(jax.tree.map(lambda own: own.format, parameters), params, signed=True))
 
     def update(gradients: Any, state: MuonState, params: Any = None):
         del params

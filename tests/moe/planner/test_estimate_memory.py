@@ -8,21 +8,32 @@ import jax
 import pytest
 
 from moe.model.adapter import LoraConfig
+from moe.model.config import ConfigError
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.model.presets import TINY
 from moe.planner.chips import H20
 from moe.planner.estimate_layers import Layers
 from moe.planner.estimate_memory import estimate_memory
-from moe.planner.estimate_states import abstract_layout, states_of
+from moe.planner.estimate_states import abstract_layout, moment_bytes, states_of
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
-from parallel.layout import LayoutConfig, LayoutError
+from parallel.layout import SINGLE_DEVICE, LayoutConfig, LayoutError
 from parallel.mesh import MeshConfig
 
 JOB = Job("train", TINY, batch_size=32, sequence_length=256, mesh=MeshConfig(data=2, expert=4, tensor=2))
+BFLOAT16 = replace(JOB, precision=Precision(parameters="bfloat16"))
+OPTIMIZERS = {
+    "int8": replace(JOB, optimizer=OptimizerConfig(states="int8")),
+    "fp8": replace(JOB, optimizer=OptimizerConfig(states="fp8"), layout=LayoutConfig(zero=1)),
+    "kahan": replace(BFLOAT16, optimizer=OptimizerConfig(rounding="kahan", states="bfloat16")),
+    "stochastic": replace(BFLOAT16, optimizer=OptimizerConfig(rounding="stochastic")),
+    "adafactor": replace(JOB, optimizer=OptimizerConfig(kind="adafactor")),
+    "muon": replace(JOB, optimizer=OptimizerConfig(kind="muon", states="int8")),
+}
+SLOW = [pytest.param(job, marks=pytest.mark.slow) for job in OPTIMIZERS.values()]
 MASTER = replace(JOB, precision=Precision(parameters="bfloat16"), optimizer=OptimizerConfig(master_weights=True))
 
 
@@ -32,8 +43,14 @@ def allocated(job: Job) -> int:
 
 @pytest.mark.parametrize(
     "job",
-    [JOB, replace(JOB, layout=LayoutConfig(zero=1)), replace(JOB, lora=LoraConfig(rank=8)), MASTER],
-    ids=["zero 3", "zero 1", "adapters", "master weights"],
+    [
+        JOB,
+        replace(JOB, layout=LayoutConfig(zero=1)),
+        replace(JOB, lora=LoraConfig(rank=8)),
+        MASTER,
+        *SLOW,
+    ],
+    ids=["zero 3", "zero 1", "adapters", "master weights", *OPTIMIZERS],
 )
 def test_states_are_those_that_training_makes(job):
     layout = abstract_layout(job)
@@ -48,6 +65,48 @@ def test_states_are_those_that_training_makes(job):
     states = states_of(job, layout)
     assert states.parameters == held((state.params, state.frozen, state.balance))
     assert states.optimizer_states == held(state.opt_state)
+
+
+def states_bytes(job: Job) -> int:
+    """By JAX's own word for the whole state on one device."""
+    blueprint = make_blueprint(
+        job.model, job.precision, job.execution, job.optimizer, SINGLE_DEVICE, steps=job.steps, lora=job.lora
+    )
+    state = jax.eval_shape(blueprint.new_state, jax.random.key(0))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_on_one_device_are_whole(name):
+    job = replace(OPTIMIZERS[name], mesh=MeshConfig())
+    assert states_of(job, abstract_layout(job)).optimizer_states == states_bytes(job)
+
+
+def test_moments_in_eight_bits_take_one_byte_and_a_scale_for_each_block():
+    def moments(name: str) -> float:
+        return states_bytes(OPTIMIZERS[name]) / 2
+
+    specs = states_of(JOB, abstract_layout(JOB)).specs
+    small = sum(
+        math.prod(each.shape)
+        for each in specs
+        if each.kind in ("attention", "expert", "shared_expert") and len(each.axes) > 2
+    )
+    rest = sum(math.prod(each.shape) for each in specs) - small
+    # Blocks are 64 values of an eighth part of the width 512, and 32 of a head; two counts are of the whole step.
+    assert moments("int8") == pytest.approx(small * (1 + 4 / 64) + 4 * rest, rel=0.02)
+    assert moment_bytes(OPTIMIZERS["int8"]) * (small + rest) == pytest.approx(moments("int8"), rel=1e-5)
+    assert moment_bytes(JOB) == 4.0
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_what_no_estimate_knows_is_refused(kind):
+    with pytest.raises(ConfigError, match=f"optimizer.kind='{kind}': only AdamW's update can be estimated"):
+        allocated(OPTIMIZERS[kind])
+
+
+def test_states_in_eight_bits_save_memory():
+    assert allocated(OPTIMIZERS["int8"]) < allocated(JOB)
 
 
 def test_parts_add_up():

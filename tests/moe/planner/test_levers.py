@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 
 from moe.model.execution import Execution
-from moe.model.precision import FULL
+from moe.model.precision import FULL, Precision
 from moe.model.presets import HUNYUAN_LARGE, TINY
 from moe.planner.job import Job
 from moe.planner.levers import Variant, variants
+from moe.train.optimizer import OptimizerConfig, check_optimizer
 from parallel.layout import LayoutConfig
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
@@ -29,7 +30,14 @@ def test_the_report_s_recipe_has_these_levers():
         "mixture of experts", "bfloat16", "FSDP", "ZeRO-3", "expert parallelism", "recomputation", "CLA", "GQA",
         "GPUDirect RDMA",
     ]  # fmt: skip
-    on = ["tensor parallelism", "context parallelism", "pipeline", "offload", "hierarchical exchange"]
+    on = [
+        "tensor parallelism",
+        "context parallelism",
+        "pipeline",
+        "offload",
+        "8-bit optimizer",
+        "hierarchical exchange",
+    ]
     assert ways == dict.fromkeys(off, "off") | dict.fromkeys(on, "on")
     assert list(ways) == off + on
 
@@ -64,6 +72,23 @@ def test_a_lever_that_is_off_is_turned_on():
     assert ways["tensor parallelism"] == ways["context parallelism"] == ways["pipeline"] == "off"
     assert ways["offload"] == ways["hierarchical exchange"] == "off"
     assert "FSDP" not in ways
+
+
+def test_eight_bit_states_are_turned_off_and_float32_ones_on():
+    assert turned(LARGE_JOB)["8-bit optimizer"].settings == {"optimizer.states": "int8"}
+    small = turned(replace(LARGE_JOB, optimizer=OptimizerConfig(states="fp8")))["8-bit optimizer"]
+    assert (small.turned, small.settings) == ("off", {"optimizer.states": "float32"})
+    assert "8-bit optimizer" not in turned(replace(LARGE_JOB, optimizer=OptimizerConfig(kind="adafactor")))
+    assert "8-bit optimizer" not in turned(replace(TINY_JOB, kind="decode"))
+
+
+def test_float32_parameters_need_neither_copies_nor_compensation():
+    stored = Precision(parameters="bfloat16")
+    for optimizer in (OptimizerConfig(master_weights=True), OptimizerConfig(rounding="kahan")):
+        job = replace(TINY_JOB, precision=stored, optimizer=optimizer)
+        settings = turned(job)["bfloat16"].settings.items()
+        own = {path.removeprefix("optimizer."): value for path, value in settings if path.startswith("optimizer.")}
+        check_optimizer(replace(optimizer, **own), Precision(), job.layout)
 
 
 def test_one_node_has_no_network_levers():

@@ -129,12 +129,12 @@ def test_muon_needs_a_matrix():
         ({"momentum": 1.0}, "optimizer.momentum=1.0"),
         (
             {"states": "bfloat16", "b2": 0.999},
-            "optimizer.states='bfloat16' with optimizer.b2=0.999: .* set b2 to 0.996",
+            "optimizer.states='bfloat16' with optimizer.b2=0.999: .*b2 to 0.996",
         ),
         ({"states": "int8", "kind": "adafactor"}, "optimizer.states='int8' with optimizer.kind='adafactor'"),
         (
             {"master_weights": True, "rounding": "kahan"},
-            "optimizer.master_weights=true with optimizer.rounding='kahan'",
+            "master_weights=true with optimizer.rounding='kahan'",
         ),
         ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
     ],

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from moe.model.parameter import ParameterSpec
-from moe.train.optimizers.moments import MomentFormat, block_of, decoded, dynamic_map, encoded, format_of
+from moe.train.optimizers.moments import (
+    MomentFormat,
+    all_decoded,
+    all_zero,
+    block_of,
+    decoded,
+    dynamic_map,
+    encoded,
+    format_of,
+)
 from tests.oracle import moments as oracle
 
 
@@ -42,8 +51,15 @@ def test_no_second_moment_above_zero_becomes_zero(name):
     assert found[1] > 0
     assert found[3] > 0
     assert found[2] == 0
-    zeros = encoded(jnp.zeros((2, 4)), MomentFormat(name, (4,)), signed=True)
-    assert not np.asarray(decoded(zeros, signed=True)).any()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("format", [MomentFormat("int8", (4,)), MomentFormat("fp8", (4,)), MomentFormat("bfloat16")])
+def test_a_run_begins_with_moments_of_zero(format, signed):
+    zeros = all_zero({"w": format}, {"w": jnp.ones((2, 3, 8), jnp.bfloat16)}, signed)
+    expected = {"w": encoded(jnp.zeros((2, 3, 8)), format, signed=signed)}
+    jax.tree.map(np.testing.assert_array_equal, zeros, expected)
+    assert not np.asarray(all_decoded(zeros, signed)["w"]).any()
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
