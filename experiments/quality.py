@@ -56,8 +56,8 @@ experiment = Experiment(
         router=RouterConfig(top_k=1),
     ),
     data=DataConfig(sequence_length=128, batch_size=16),
-    training=TrainingConfig(steps=120, evaluate_every=120, checkpoint_every=120),
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=15),
+    training=TrainingConfig(steps=100, evaluate_every=100, checkpoint_every=100),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
     precision=FULL,
 )
 """Four million parameters, all in float32: the reference of every mode."""

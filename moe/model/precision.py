@@ -21,11 +21,10 @@ Format = Literal["float32", "bfloat16"]
 class Precision:
     """Number formats by kind of tensor.
 
-    What is summed is summed in float32, whatever the format of its terms: products of matrices
-    (`preferred_element_type`, and the accumulators of the kernels in moe/ops), norms, softmaxes, the loss over the
-    vocabulary and over the tokens. Norms, RoPE, the router's probabilities and the loss are computed in float32, and no
-    such array outlives its use: the loss has logits of training.loss_chunk positions at a time, and the backward pass
-    is saved what the others take and give, in the compute format.
+    Sums are float32, whatever their terms: in products of matrices (XLA's of bfloat16, and the kernels of moe/ops), in
+    norms and softmaxes, over the vocabulary and over tokens. Norms, RoPE, the router's probabilities and the loss are
+    computed in float32, and no such array outlives its use: logits exist for training.loss_chunk positions at a time,
+    and for the backward pass the others are saved what they take and give, in the compute format.
 
     parameters: as stored, and updated by the optimizer.
     compute: inputs of the matrix products and the residual stream.

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe.planner.implementation import Implementation
-from moe.planner.sizes import BYTES, Sizes
+from moe.planner.sizes import Sizes
 from moe.planner.work import Transfer, TransferKind
 from parallel.exchange.wire import bytes_of_row
+
+BYTES_OF_WEIGHT = 4
+"""Of a router's weight, float32, where it travels with its row."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class RowExchange:
         s, backend = self.sizes, self.sizes.job.execution.exchange
         row = float(bytes_of_row(s.model.d_model, s.job.precision.exchange))
         if way == "send" and s.job.execution.gate == "before" and "hierarchical" not in backend:
-            row += BYTES["float32"]
+            row += BYTES_OF_WEIGHT
         if backend == "padded":
             return self._transfer(way, "all-to-all", s.buffer * row, flags)
         if backend == "ragged":

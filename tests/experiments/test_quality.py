@@ -1,11 +1,16 @@
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 
 from experiments import quality
 from experiments.quality_table import final_loss, markdown, row_of
 from moe.model.config import ConfigError
+from moe.train.data import Batch
+from moe.train.step import make_train_step
 
 QUIET = Console(quiet=True)
 
@@ -80,3 +85,19 @@ def test_pictures_have_a_band_over_the_seeds_and_a_bar_a_mode(tmp_path):
     assert [text.get_text() for text in curves.get_legend().get_texts()] == ["float32", "bfloat16"]
     assert [label.get_text() for label in bars.get_yticklabels()] == ["bfloat16"]
     assert bars.patches[0].get_width() == pytest.approx(100 * rows[1].difference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", quality.MODES)
+def test_a_step_of_every_mode_gives_the_state_that_it_took(mode):
+    """Traced, on a mesh without devices."""
+    (*_, task) = quality.plan_tasks(["float32", mode], 1, None, QUIET)
+    sizes = task.experiment.mesh.sizes
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    blueprint = task.experiment.blueprint(mesh if task.experiment.mesh.num_devices > 1 else None)
+    state = blueprint.abstract_state()
+    shape = (task.experiment.data.batch_size, task.experiment.data.sequence_length)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in [jnp.int32] * 4 + [jnp.float32]))
+    with jax.sharding.use_abstract_mesh(mesh):
+        after, _ = jax.eval_shape(make_train_step(blueprint, seed=0), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
