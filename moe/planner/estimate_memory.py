@@ -214,9 +214,9 @@ class _Estimate:
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
-        """Of the layers' gradients the whole stacks are there from its beginning; and the head's. A second one of its
-        size is there where the embedding is the same matrix, zeros to which its gradients are added, or where another
-        microbatch has left its own."""
+        """Of the layers' gradients the whole stacks are there from its beginning, of a stage's chunk; and the head's. A
+        second one of its size is there where the embedding is the same matrix, zeros to which its gradients are added,
+        or where a loop's turn, a microbatch or a tick, prepares such zeros."""
         again = self.job.model.tie_embeddings or self.layout.stages > 1 or self.job.microbatches > 1
         heads = 2 if again else 1
         stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked) // self.job.virtual_stages

@@ -96,11 +96,11 @@ def make_train_step(
         return total, (loss, stats)
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
-        def one(number: jax.Array, part: Batch):
-            given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
+        def one(params: Any, frozen: Any, number: jax.Array, part: Batch):
+            given = (state.balance, frozen, part, jax.random.fold_in(key, number), num_targets)
             if layout.config.gradients == "host":
-                return landed_gradients(blueprint, objective, state.params, given)
-            grads, told = jax.grad(objective, has_aux=True)(state.params, None, *given)
+                return landed_gradients(blueprint, objective, params, given)
+            grads, told = jax.grad(objective, has_aux=True)(params, None, *given)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 
@@ -118,13 +118,13 @@ def make_train_step(
             return blueprint.by_axes(layout.constrain_gradient, grads), told
 
         if microbatches == 1:
-            return one(jnp.zeros((), jnp.int32), batch)
+            return one(state.params, state.frozen, jnp.zeros((), jnp.int32), batch)
 
         def accumulate(summed, numbered):
             # A part waits for the sum before. Else XLA, to gather ahead, takes the last part out of the loop, and what
             # that one begins with is there throughout.
-            summed, numbered = jax.lax.optimization_barrier((summed, numbered))
-            grads, told = one(*numbered)
+            summed, weights, numbered = jax.lax.optimization_barrier((summed, (state.params, state.frozen), numbered))
+            grads, told = one(*weights, *numbered)
             return jax.tree.map(jnp.add, summed, grads), told
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)
