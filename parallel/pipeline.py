@@ -12,7 +12,7 @@ The lockstep costs memory: stages that wait for each other less strictly would k
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -265,15 +265,17 @@ class _Run:
 
     def _scan(self, carry: _Carry, first: int, end: int, *, forward: bool = True, backward: bool = True) -> _Carry:
         def tick(carry: _Carry, number: jax.Array) -> tuple[_Carry, None]:
-            # A tick begins when what the one before adds up is added up.
-            carry, number = jax.lax.optimization_barrier((carry, number))
+            # A tick waits until what the one before adds up is added up. Else XLA, to gather weights ahead, takes the
+            # last tick out of the loop, and what that one begins with is there throughout.
+            carry, number, weights, shared = jax.lax.optimization_barrier((carry, number, self.weights, self.shared))
+            run = replace(self, weights=weights, shared=shared)
             dy = carry.dx
             if forward:
-                carry, y = self._forward(carry, number)
+                carry, y = run._forward(carry, number)
                 if backward:
-                    carry, dy = self._head(carry, y, number)
+                    carry, dy = run._head(carry, y, number)
             if backward:
-                carry = self._backward(carry, dy, number)
+                carry = run._backward(carry, dy, number)
             return carry, None
 
         return jax.lax.scan(tick, carry, jnp.arange(first, end))[0]

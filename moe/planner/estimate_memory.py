@@ -78,7 +78,12 @@ class _Estimate:
             "optimizer_states": 0 if self.job.layout.optimizer_states == "host" else self.states.optimizer_states,
             "batch": self.batch,
         }
-        moments = (self._at_the_loss(), self._in_the_backward_pass(), self._in_the_update())
+        moments = (
+            self._at_the_lookup(),
+            self._at_the_loss(),
+            self._in_the_backward_pass(),
+            self._in_the_update(),
+        )
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
@@ -214,28 +219,39 @@ class _Estimate:
 
     # Moments of the step.
 
+    def _at_the_lookup(self) -> dict[Part, int]:
+        """The embedding, while the first layers' weights are on their way; a pipeline's tick looks up for its forward
+        and its backward pass at once."""
+        lookups = 2 if self.layout.stages > 1 else 1
+        first = max(self.weights(group) for group, _ in self.layers.groups())
+        return {"gradients": self.accumulators, "temporaries": lookups * (self.embedding + first) + self.interleaved}
+
     def _at_the_loss(self) -> dict[Part, int]:
-        """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient
-        three times, for XLA computes two chunks in one turn of their loop; the hidden states and their gradient."""
+        """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient,
+        three times where there are several chunks, for XLA computes two in one turn of their loop; the hidden states
+        and their gradient. A pipeline's stages share out the positions."""
         job, sizes = self.job, self.sizes
-        chunk = min(job.loss_chunk, sizes.tokens // sizes.sequences)
+        positions = sizes.tokens // sizes.sequences // self.layout.stages
+        chunk = min(job.loss_chunk, positions)
         logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
         hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
         return {
-            "gradients": 3 * self.head_gradient + self.accumulators,
+            "gradients": (3 if positions > chunk else 1) * self.head_gradient + self.accumulators,
             "activations": self.activations,
-            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden,
+            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden + self.interleaved,
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
-        """Of the layers' gradients the whole stacks are there from its beginning; and the head's. A second one of its
-        size is there where the embedding is the same matrix, zeros to which its gradients are added, or where another
-        microbatch has left its own."""
-        again = self.job.model.tie_embeddings or self.layout.stages > 1 or self.job.microbatches > 1
-        heads = 2 if again else 1
+        """Of the layers' gradients the whole stacks are there from its beginning, of a stage's chunk; and the head's. A
+        second one of its size is there where the embedding is the same matrix, zeros to which its gradients are added,
+        or where a microbatch prepares such zeros. A pipeline's head has summed its gradients, and shared them out."""
+        again = self.job.model.tie_embeddings or self.job.microbatches > 1
+        heads = (2 if again else 1) * self.head_gradient
+        if self.layout.stages > 1:
+            heads = self.gradients([each for each in self.states.specs if each.axes == "VD"])
         stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked) // self.job.virtual_stages
         return {
-            "gradients": self.accumulators + stacks + heads * self.head_gradient,
+            "gradients": self.accumulators + stacks + heads,
             "activations": self.activations,
             "temporaries": max(self.backward(group) for group, _ in self.layers.groups()) + self.interleaved,
         }

@@ -91,12 +91,12 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch, key: jax.Array, num_targets: jax.Array):
         """(gradients, the next histories), (loss, statistics)."""
 
-        def one(number: jax.Array, part: Batch):
-            given = (state.balance, state.frozen, part, jax.random.fold_in(key, number), num_targets)
+        def one(params: Any, frozen: Any, number: jax.Array, part: Batch):
+            given = (state.balance, frozen, part, jax.random.fold_in(key, number), num_targets)
             if layout.config.gradients == "host":
-                return landed_gradients(blueprint, objective, state.params, state.histories, given)
+                return landed_gradients(blueprint, objective, params, state.histories, given)
             take = jax.grad(objective, argnums=(0, 1), has_aux=True)
-            (grads, histories), told = take(state.params, state.histories, None, *given)
+            (grads, histories), told = take(params, state.histories, None, *given)
             grads = jax.tree.map(lambda g: g.astype(accumulated), grads)
             return (blueprint.by_axes(layout.constrain_gradient, grads), histories), told
 
@@ -114,13 +114,15 @@ def make_train_step(
             return (blueprint.by_axes(layout.constrain_gradient, grads), {}), told
 
         if microbatches == 1:
-            return one(jnp.zeros((), jnp.int32), batch)
+            return one(state.params, state.frozen, jnp.zeros((), jnp.int32), batch)
 
         def accumulate(carry, numbered):
             # A part waits for the sum before. Else XLA, to gather ahead, takes the last part out of the loop, and what
             # that one begins with is there throughout.
-            (summed, largest), numbered = jax.lax.optimization_barrier((carry, numbered))
-            (grads, histories), told = one(*numbered)
+            (summed, largest), weights, numbered = jax.lax.optimization_barrier(
+                (carry, (state.params, state.frozen), numbered)
+            )
+            (grads, histories), told = one(*weights, *numbered)
             return (jax.tree.map(jnp.add, summed, grads), jax.tree.map(jnp.maximum, largest, histories)), told
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)

@@ -151,3 +151,26 @@ def test_levers_that_save_memory_do():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(LayoutError, match="batch_size=12 does not divide over the 8 parts"):
         estimate_memory(replace(JOB, batch_size=12), H20, 8)
+
+
+def test_microbatches_add_their_sums():
+    one = estimate_memory(replace(JOB, execution=Execution(remat="full")), H20, 8)
+    four = estimate_memory(
+        replace(JOB, execution=Execution(remat="full"), batch_size=4 * JOB.batch_size, microbatches=4), H20, 8
+    )
+    sums = one.parts["optimizer_states"] / 2  # Adam's two moments, in float32 and shared out as the sums are.
+    batches = four.parts["batch"] - one.parts["batch"]
+    assert four.allocated - one.allocated == pytest.approx(sums + batches, abs=64)
+
+
+def test_virtual_stages_hold_their_weights_in_another_order():
+    job = Job(
+        "train", replace(TINY, num_layers=16), batch_size=8, sequence_length=64, microbatches=4,
+        execution=Execution(remat="full"), mesh=MeshConfig(stage=2, data=2), layout=LayoutConfig(zero=1),
+    )  # fmt: skip
+    stacked = 4 * sum(
+        math.prod(each.shape) for each in states_of(job, abstract_layout(job)).specs if each.axes[0] == "L"
+    )
+    # Whole in the chunks' order, and two of the two chunks; of gradients one chunk's at a time.
+    more = stacked / 2 * (1 + 2 / 2 - 1 / 2)
+    assert allocated(replace(job, virtual_stages=2)) - allocated(job) == pytest.approx(more, rel=0.03)
