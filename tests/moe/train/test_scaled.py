@@ -17,7 +17,7 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.train.checkpoint import named
 from moe.train.data import Batch
-from moe.train.histories import check_histories
+from moe.train.histories import check_products
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step, place_batch
@@ -207,7 +207,11 @@ def test_wrong_settings_are_named(settings, message):
         Precision(**settings)
 
 
-def test_histories_over_stages_are_refused():
+def test_what_has_no_products_in_8_bits_or_no_histories_is_named():
+    delayed = Precision(matmuls="fp8", scaling="delayed")
     with pytest.raises(ConfigError, match="precision.scaling='delayed' with mesh.stage=2: pipelines keep no histories"):
-        check_histories(Precision(matmuls="fp8", scaling="delayed"), 2)
-    check_histories(Precision(matmuls="fp8"), 2)
+        check_products(delayed, Execution(), 2)
+    with pytest.raises(ConfigError, match="execution.grouped_matmul='ragged' with precision.matmuls='fp8'"):
+        check_products(delayed, Execution(grouped_matmul="ragged"), 1)
+    check_products(delayed, Execution(), 1)
+    check_products(Precision(matmuls="fp8"), Execution(), 2)
