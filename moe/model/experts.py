@@ -65,13 +65,9 @@ class Experts(nnx.Module):
         keeps = self.products.keeps_weights(length)
         devices = 1 if layout.mesh is None else layout.mesh.size
         gate, up, down = (as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices)
-        return ExpertWeights(
-            gate,
-            up,
-            down,
-            {name: spread(history[...], devices) for name, history in self.products.histories.items()},
-            {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()},
-        )
+        histories = {name: spread(history[...], devices) for name, history in self.products.histories.items()}
+        adapters = {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()}
+        return ExpertWeights(gate, up, down, histories, adapters)
 
     @property
     def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
@@ -79,19 +75,17 @@ class Experts(nnx.Module):
 
     def specs(self, layout: Layout, length: int) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
-        specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
+        specs: list[Any] = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
         if self.products.keeps_weights(length):
             specs = [
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
+        each: Any = layout.each_device()
         gate, up, down = specs
+        histories = dict.fromkeys(self.products.histories, each.spec)
         return ExpertWeights(
-            gate,
-            up,
-            down,
-            {name: layout.each_device().spec for name in self.products.histories},
-            {name: adapter.specs(layout) for name, adapter in self.adapters.items()},
+            gate, up, down, histories, {name: adapter.specs(layout) for name, adapter in self.adapters.items()}
         )
 
 
@@ -129,7 +123,8 @@ def apply_experts(
         y_RD, of the rows' dtype; zeros after the last expert's rows.
     """
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
-    grouped = partial(grouped_matmul, sizes_E=counts_E, backend=execution.grouped_matmul)
+    backend: Any = execution.grouped_matmul
+    grouped = partial(grouped_matmul, sizes_E=counts_E, backend=backend)
 
     def product(name: str, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
         history = weights.histories.get(name)
@@ -137,7 +132,7 @@ def apply_experts(
             return frozen_grouped_matmul(x, w, counts_E)
         if recipe is None:
             return recorded(grouped(x, w), x, w, history, owned_R1)
-        multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=execution.grouped_matmul, split=axes)
+        multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)
         if recipe.scaling == "delayed":
             return multiply(history)
         return recorded(multiply(), x, w, history, owned_R1)
