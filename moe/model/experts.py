@@ -46,10 +46,11 @@ class Experts(nnx.Module):
         """The weights as used on texts of T tokens: each device holds its own experts, or its part of their width."""
         keeps = self.products.keeps_weights(length)
         devices = 1 if layout.mesh is None else layout.mesh.size
-        return ExpertWeights(
-            *(as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices),
-            {name: spread(history[...], devices) for name, history in self.products.histories.items()},
+        gate_EDF, up_EDF, down_EFD = (
+            as_kept(w, layout) if keeps else used(w, self.dtype, layout) for w in self._matrices
         )
+        histories = {name: spread(history[...], devices) for name, history in self.products.histories.items()}
+        return ExpertWeights(gate_EDF, up_EDF, down_EFD, histories)
 
     @property
     def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
@@ -63,7 +64,9 @@ class Experts(nnx.Module):
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
-        return ExpertWeights(*specs, dict.fromkeys(self.products.histories, layout.each_device().spec))
+        gate, up, down = specs
+        each: Any = layout.each_device()
+        return ExpertWeights(gate, up, down, dict.fromkeys(self.products.histories, each.spec))
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
@@ -100,7 +103,8 @@ def apply_experts(
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
 
     def product(name: str, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
-        history, backend = weights.histories.get(name), execution.grouped_matmul
+        history = weights.histories.get(name)
+        backend: Any = execution.grouped_matmul
         if isinstance(w, QuantizedWeight):
             return frozen_grouped_matmul(x, w, counts_E)
         if recipe is None:

@@ -17,6 +17,7 @@ from moe.model.parameter import as_kept, used
 from moe.model.precision import Precision
 from moe.ops.scaled import Recipe, Split, frozen_einsum, new_history, scaled_einsum
 from moe.ops.scaled.history import DY
+from moe.ops.scaled.quantize import ALL, largest_magnitude
 from parallel.layout import Layout
 
 SCALED_PRODUCT = "scaled_product"
@@ -127,8 +128,8 @@ def split_of(axes: str, spec: PartitionSpec) -> Split:
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude, f32[]; not finite where one is not."""
-    return jnp.abs(x).max(initial=0).astype(jnp.float32)
+    """The largest magnitude, f32[]; infinity where one is not finite."""
+    return largest_magnitude(x, (ALL,) * x.ndim).reshape(())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

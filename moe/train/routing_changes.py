@@ -70,7 +70,8 @@ def watched(model: Transformer, batch: Batch, cache: KVCache | None = None) -> t
             group = nnx.merge(graph, jax.tree.map(lambda x, place=place: x[place], stacked))
             for block in group.blocks:
                 if isinstance(block.feed_forward, MoELayer):
-                    block.feed_forward.router = _Watched(block.feed_forward.router, found)
+                    noting: Any = _Watched(block.feed_forward.router, found)
+                    block.feed_forward.router = noting
             own = None if cache is None else cache.group(jnp.int32(first_group + place))
             output = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE, own)
             x_BTD = output.x_BTD

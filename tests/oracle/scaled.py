@@ -37,7 +37,7 @@ def scale(largest: float, format: str) -> float:
     if largest == 0:
         return 1.0
     if format == "int8":
-        return float(np.float32(largest) / np.float32(127))
+        return float(np.float32(largest) * np.float32(1 / 127))
     fraction, exponent = math.frexp(largest / NUMBERS[format][-1])
     return 2.0 ** (exponent - (fraction == 0.5))
 
@@ -49,7 +49,7 @@ def rounded(x: np.ndarray, format: str, keys: np.ndarray | int) -> np.ndarray:
     largest = np.zeros(group.max() + 1)
     np.maximum.at(largest, group, np.abs(x))
     scales = np.array([scale(value, format) for value in largest])[group]
-    divided = (x.astype(np.float32) / scales.astype(np.float32)).astype(np.float64)
+    divided = (x.astype(np.float32) * (np.float32(1) / scales.astype(np.float32))).astype(np.float64)
     return nearest(divided, format) * scales
 
 

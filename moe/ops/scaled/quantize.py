@@ -3,7 +3,7 @@
 fp8's scales are powers of two, rounded up: values move between binades without a rounding of their own, so the format's
 is the only one, and what is saved can be widened and scaled exactly in bfloat16 (DeepSeek-V3, arXiv 2412.19437 §3.3.2,
 does so for activations that are quantized twice; V3.1 for all). int8 has no exponent: half a bit of eight would be lost
-so, and its scales are largest / 127. Neither is below float32's smallest normal number, 2^-126.
+so, and its scales are largest · (1 / 127). Neither is below float32's smallest normal number, 2^-126.
 
 A value that is not finite makes its scale nan, and so all that shares it: it is seen in every product.
 """
@@ -35,13 +35,14 @@ class Scaled:
 
 
 def largest_magnitude(x: jax.Array, shared: tuple[int, ...]) -> jax.Array:
-    """f32, nan where there is one: |x|'s maximum over what shares a scale.
+    """f32: |x|'s maximum over what shares a scale; infinity where any of that is not finite.
 
     Args:
         shared: for each axis EACH, BLOCK or ALL.
     """
     everything = tuple(axis for axis, share in enumerate(shared) if share == ALL)
-    x = jnp.abs(x).max(everything, keepdims=True, initial=0)
+    # XLA's maximum on CPU may lose a nan (xla_cpu_enable_fast_min_max), but no infinity.
+    x = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(everything, keepdims=True, initial=0)
     for axis, share in enumerate(shared):
         if share == BLOCK:
             widths = [(0, -x.shape[axis] % BLOCK if i == axis else 0) for i in range(x.ndim)]
@@ -52,13 +53,15 @@ def largest_magnitude(x: jax.Array, shared: tuple[int, ...]) -> jax.Array:
 
 def scales_for(largest: jax.Array, dtype: DTypeLike) -> jax.Array:
     """f32: the scales with which `largest` is within the format; 1 for what is all zero, nan for what is not finite."""
+    # By products with constants, as XLA rewrites quotients in some programs and not in others.
     if dtype == jnp.int8:
-        scales = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)
+        scales = largest * jnp.float32(1 / 127)
     else:
-        # The next power of two: the mantissa's bits carry into the exponent.
-        bits = jax.lax.bitcast_convert_type(largest / float(jnp.finfo(dtype).max), jnp.uint32)
-        bits = jnp.maximum((bits + 0x7FFFFF) & 0x7F800000, 0x800000)
-        scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        # The largest number is 1.75 · 2^n: what is above 1.75 carries into the exponent.
+        n = 8 if dtype == jnp.float8_e4m3fn else 15
+        bits = jax.lax.bitcast_convert_type(largest * 2.0**-n, jnp.uint32)
+        scales = jax.lax.bitcast_convert_type((bits + 0x1FFFFF) & 0x7F800000, jnp.float32)
+    scales = jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)
     return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 1, scales), jnp.nan)
 
 
@@ -70,15 +73,15 @@ def quantize(x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...], over: tupl
     """
     largest = largest_magnitude(x, shared)
     if over:
-        # The maximum over devices may pass over a nan, which its own device then keeps.
-        largest = jnp.where(jnp.isnan(largest), largest, jax.lax.pmax(largest, over))
+        largest = jax.lax.pmax(largest, over)
     scales = scales_for(largest, dtype)
     return Scaled(rounded(x, scales, dtype), scales)
 
 
 def rounded(x: jax.Array, scales: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x / scales in the format, ties to even; finite values beyond its largest become that."""
-    scaled = x.astype(jnp.float32) / spread(scales, x.shape)
+    """x · (1 / scales) in the format, ties to even; finite values beyond its largest become that."""
+    # By the reciprocal, as XLA rewrites quotients in some programs and not in others.
+    scaled = x.astype(jnp.float32) * spread(1 / scales, x.shape)
     if dtype == jnp.int8:
         return jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8)
     top = float(jnp.finfo(dtype).max)

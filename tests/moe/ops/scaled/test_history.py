@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from moe.ops.scaled import HISTORY_LENGTH, Recipe, new_history, scaled_einsum, scaled_grouped_matmul
 from tests.closeness import assert_trees_equal_to_scale
@@ -98,7 +98,7 @@ def test_scanned_and_rematerialised_layers_each_get_their_own():
 
 
 def test_eight_devices_return_the_largest_of_all_and_no_sum():
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), devices=jax.devices())
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     R, E, D, F = 64, 2, 16, 8
     x_RD, w_EDF, dy_RF = arrays((8 * R, D), (E, D, F), (8 * R, F))
     everywhere, whole = PartitionSpec(("data", "expert")), PartitionSpec()
