@@ -143,7 +143,9 @@ def quantize_rows(x: jax.Array, format: EightBits, scales: DTypeLike = jnp.float
         values of x's shape, and scales without its last axis. What is not finite in a row leaves its scale not finite.
     """
     x = x.astype(jnp.float32)
-    found = (jnp.abs(x).max(-1) / EIGHT_BITS[format].largest).astype(scales)
+    # XLA's maximum on CPU may lose a nan (xla_cpu_enable_fast_min_max), but no infinity.
+    largest = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(-1)
+    found = (largest / EIGHT_BITS[format].largest).astype(scales)
     found = jnp.where(found == 0, 1, found)
     return _nearest(x / found[..., None].astype(jnp.float32), format), found
 

@@ -90,6 +90,17 @@ def test_each_token_and_head_keeps_the_nearest_values_to_a_scale_of_its_own(form
             np.testing.assert_array_equal(found_BSMH[b, start_B[b] + t, m], expected_H)
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_seen_and_stays_with_its_token_and_head(format, value):
+    k_BTMH = jnp.ones((1, 2, 2, 8)).at[0, 0, 1, 3].set(value)
+    cache = empty_cache(dataclasses.replace(SMALL, cla_factor=4), 1, 2, jnp.float32, format=format)
+    k_BSMH, _, _ = cache.group(jnp.int32(0)).append(k_BTMH, k_BTMH, jnp.array([0]))
+    assert not jnp.isfinite(k_BSMH[0, 0, 1, 3])
+    assert jnp.isfinite(k_BSMH).all((2, 3)).sum() == 1
+    assert jnp.isfinite(k_BSMH[0, 0, 0]).all()
+
+
 def _nearest(x_H, format):
     """By hand: the largest magnitude over the format's largest value, in bfloat16, and multiples of it."""
     scale = np.float32(ml_dtypes.bfloat16(np.abs(x_H).max() / np.float32(127 if format == "int8" else 448)))
