@@ -128,9 +128,10 @@ def _with_adapters(base: Pretrained, folder: Path) -> Pretrained:
         family = next(family for family in FAMILIES if family == base.origin.family)
         return _merging(base, PeftFolder(folder, base.config, family), base.balance)
     trained = TrainedModel(folder)
+    adapters = trained.adapters()
     base.check(trained.config, str(folder))
     checked = CheckedSource(base.source, folder / BASE, jnp.dtype(trained.precision.stored_dtype))
-    return _merging(replace(base, folder=folder, source=checked), trained.adapters(), trained.balance)
+    return _merging(replace(base, folder=folder, source=checked), adapters, trained.balance)
 
 
 def _quantized(checkpoint: QuantizedCheckpoint) -> Pretrained:

@@ -72,7 +72,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _export_adapters(options: argparse.Namespace) -> None:
-    trained, model = TrainedModel(options.run), open_pretrained(options.run)
+    trained, model = TrainedModel(options.model), open_pretrained(options.model)
     adapters = trained.adapters()
     family = next(family for family in FAMILIES if family == model.origin.family)
     dtype = jnp.dtype(trained.precision.parameters)
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("output", type=Path, help="the checkpoint folder to write; it must not exist")
     command.set_defaults(run=_export)
     command = commands.add_parser("export-adapters", help="a run's LoRA adapters into a folder of PEFT's format")
-    command.add_argument("run", type=Path, help="the folder of a run that trained adapters")
+    command.add_argument("model", type=Path, help="the folder of a run that trained adapters")
     command.add_argument("output", type=Path, help="the folder to write; it must not exist")
     command.set_defaults(run=_export_adapters)
     command = commands.add_parser(
