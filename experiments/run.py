@@ -238,7 +238,8 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
         "devices": f"{mesh} ({jax.devices()[0].device_kind})",
         "layout": f"experts over {' x '.join(layout.experts) or 'none'}, ZeRO-{layout.zero}, "
         f"optimizer states on the {layout.optimizer_states}, gradients on the {layout.gradients}",
-        "precision": f"parameters {precision.parameters}, compute {precision.compute}, exchange {precision.exchange}",
+        "precision": f"parameters {precision.parameters}, compute {precision.compute}, exchange {precision.exchange}"
+        + (f", products {precision.matmuls} scaled by {precision.scaling}" if precision.matmuls else ""),
         "data": f"{told.documents:,} documents, {told.tokens:,} training tokens, "
         f"unigram entropy {told.unigram_entropy:.3f} nats",
         "run folder": str(path),

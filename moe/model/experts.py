@@ -53,7 +53,7 @@ class Experts(nnx.Module):
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
         specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
-        return ExpertWeights(*specs, dict.fromkeys(self.products.histories, layout.each_device().spec))
+        return ExpertWeights(*specs, {name: layout.each_device().spec for name in self.products.histories})
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 from moe.model.parameter import used
 from moe.model.precision import Precision
 from moe.ops.scaled import Recipe, Split, new_history, scaled_einsum
+from moe.ops.scaled.history import DY
+from moe.ops.scaled.quantize import ALL, largest_magnitude
 from parallel.layout import Layout
 
 SCALED_PRODUCT = "scaled_product"
@@ -29,11 +31,17 @@ class MagnitudeHistory(nnx.Variable):
 class Products(nnx.Module):
     """The products of one part of a layer with its weights, by name."""
 
-    def __init__(self, precision: Precision, names: tuple[str, ...]) -> None:
+    def __init__(self, precision: Precision, names: tuple[str, ...], *, largest_gradient: float = 0.0) -> None:
+        """
+        Args:
+            largest_gradient: the largest magnitude of the results' gradients, where it is known before the first step.
+        """
         self.names = names
         self.dtype, self.recipe = precision.compute_dtype, precision.recipe
-        histories = {name: MagnitudeHistory(new_history()) for name in names} if precision.delayed else {}
-        self.histories = nnx.Dict(histories)
+        self.histories: nnx.Dict = nnx.Dict()
+        if precision.delayed:
+            for name in names:
+                self.histories[name] = MagnitudeHistory(new_history().at[DY, 0].set(largest_gradient))
 
     def __call__(self, name: str, spec: str, x: jax.Array, weight: nnx.Param, layout: Layout) -> jax.Array:
         """The einsum of x, in the compute format, and a weight."""
@@ -113,13 +121,13 @@ def split_of(axes: str, spec: PartitionSpec) -> Split:
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude, f32[]; not finite where one is not."""
-    return jnp.abs(x).max(initial=0).astype(jnp.float32)
+    """The largest magnitude, f32[]; infinity where one is not finite."""
+    return largest_magnitude(x, (ALL,) * x.ndim).reshape(())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(history: jax.Array, times: int) -> jax.Array:
-    """A history for each of several uses, [times, 3, H]: parts of the same product. Their largest magnitudes are its."""
+    """A history for each of several parts of a product, [times, 3, H]; it takes their largest magnitudes."""
     return jnp.broadcast_to(history, (times, *history.shape))
 
 

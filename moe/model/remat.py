@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.model.config import ConfigError
+from moe.model.products import SCALED_PRODUCT
 from parallel.layout import HOST_MEMORY
 
 
@@ -25,14 +26,37 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
         return layers
     if policy == "full":
         return jax.checkpoint(layers)
+    policies = jax.checkpoint_policies
     if policy == "matmuls":
-        return jax.checkpoint(layers, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        kept = _with_scaled(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SCALED_PRODUCT))
+        return jax.checkpoint(layers, policy=kept)
     if policy == "matmuls_on_host":
-        offload = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY)
+        offload = _with_scaled(
+            policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
+            policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[SCALED_PRODUCT],
+                offload_src="device",
+                offload_dst=HOST_MEMORY,
+            ),
+        )
         return jax.checkpoint(layers, policy=offload)
     if policy == "matmuls_fp8":
         return _kept_in_fp8(rematerialise(layers, "matmuls"))
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
+
+
+def _with_scaled(of_dots: Callable, of_names: Callable) -> Callable:
+    """Of products in 8 bits the result is kept, which has the compute format, and not the sum of 32 bits before it."""
+
+    def policy(primitive, *operands, **parameters):
+        if primitive.name == "name":
+            return of_names(primitive, *operands, **parameters)
+        if primitive.name == "dot_general" and all(x.dtype.itemsize == 1 for x in operands):
+            return False
+        return of_dots(primitive, *operands, **parameters)
+
+    return policy
 
 
 def _kept_in_fp8(layers: Callable) -> Callable:

@@ -58,7 +58,8 @@ class Transformer(nnx.Module):
         self.norm_D = norm_scale("D", config.d_model, precision)
         if not config.tie_embeddings:
             self.head_VD = matrix("VD", shape, "head", config.init_std, precision, rngs)
-        self.products = Products(precision, ("head",))
+        # Of a logit, whose gradient is a probability or one less (moe/train/loss.py).
+        self.products = Products(precision, ("head",), largest_gradient=1.0)
 
     def __call__(
         self,

@@ -31,8 +31,9 @@ def estimate_work(job: Job, devices_per_node: int, how: Implementation = OURS) -
         how: what the settings leave open; our own programs by default.
 
     Raises:
-        ConfigError: the job's optimizer is not modelled.
+        ConfigError: the job's optimizer is not modelled, or what `Job.check_estimated` names.
     """
+    job.check_estimated()
     refuse_unmodelled(job)
     step = _Step(Sizes(job, devices_per_node), how)
     return Work(tuple(step.serving() if job.kind != "train" else step.training()), "estimated")

@@ -28,9 +28,10 @@ from parallel.pipeline import Schedule
 def estimate_memory(job: Job, chip: Chip, devices_per_node: int) -> Memory:
     """
     Raises:
-        LayoutError, ConfigError, PipelineError: the job does not divide over its mesh, or no estimate knows its
-            optimizer.
+        LayoutError, ConfigError, PipelineError: the job does not divide over its mesh, or asks for what is not
+            estimated.
     """
+    job.check_estimated()
     del chip  # Shapes are the same on all of them.
     refuse_unmodelled(job)
     estimate = _Estimate.of(job, devices_per_node)

@@ -59,6 +59,17 @@ class Job:
         """Of one step over all devices."""
         return self.batch_size * (1 if self.kind == "decode" else self.sequence_length)
 
+    def check_estimated(self) -> None:
+        """
+        Raises:
+            ConfigError: something of which only a compiled program tells.
+        """
+        if self.kind == "train" and self.precision.matmuls is not None:
+            raise ConfigError(
+                f"precision.matmuls={self.precision.matmuls!r}: what products in 8 bits take is not estimated; plan "
+                "without --estimate (make plan-setup), or set precision.matmuls=none"
+            )
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 

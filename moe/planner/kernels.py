@@ -112,14 +112,19 @@ class Kernels:
         raise CountError(f"{instruction.name}: how much work the library call {target!r} is is not known here")
 
     def _grouped(self, computation: Computation, instruction: Instruction, operands: list[Shape], over: str) -> Run:
-        """The kernels of moe/ops/grouped_matmul/triton.py. They leave out rows that are not there."""
+        """The kernels of moe/ops/grouped_matmul/triton.py and moe/ops/scaled/triton.py, whose operands have scales
+        behind each. They leave out rows that are not there."""
         result = instruction.shape
-        x, other = operands[-2], operands[-1]
-        rows = x.dims[0] if self.routed_rows is None else min(x.dims[0], self.routed_rows)
+        scales = operands[-3::2] if "scaled_" in instruction.op_name else []
+        x, other = (operands[-4], operands[-2]) if scales else operands[-2:]
         experts = other.dims[0] if over == "rows" else result.dims[0]
+        use = purpose(self.module, computation, instruction).use
+        # Dense products with scales of blocks are that of one group.
+        routed = x.dims[0] if self.routed_rows is None or use != "experts" else self.routed_rows
+        rows = min(x.dims[0], routed)
         deep, wide = (x.dims[1], result.dims[1]) if over == "rows" else (result.dims[1], result.dims[2])
-        matrices = (other if over == "rows" else result).bytes
-        size = rows * (deep + wide) * x.bits / 8 + matrices
+        matrices, moved = (other, result) if over == "rows" else (result, other)
+        size = rows * (deep * x.bits + wide * moved.bits) / 8 + matrices.bytes + sum(each.bytes for each in scales)
         flops = 2.0 * rows * deep * wide
         shape = (experts, round(rows), wide, deep)
         return self._made(computation, instruction, "grouped_matmul", flops, x.dtype, shape, size)

@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
 from moe.model.products import MagnitudeHistory
-from moe.model.transformer import layer_groups
+from moe.model.transformer import Transformer, layer_groups
 from moe.ops.scaled import Recipe
 from moe.ops.scaled.history import DY, W, X
-from moe.ops.scaled.quantize import scales_for
+from moe.ops.scaled.quantize import ALL, EACH, largest_magnitude, scales_for
 from moe.train.checkpoint import named
 from moe.train.data import Batch
 from moe.train.objective import make_objective
@@ -29,8 +29,7 @@ from moe.train.step import split_batch, step_key
 
 OVERFLOW = 16.0
 """Times the largest magnitude of all steps that delayed scaling looks back on. Up to there values are cut off, as
-Transformer Engine does it; beyond, hardly anything of a tensor would be left."""
-
+Transformer Engine does it; beyond, training stops."""
 
 _PRODUCTS = ("k", "v", "q", "o", "gate", "up", "down", "head")
 """Within a part of a layer, in the order in which they are computed."""
@@ -79,12 +78,12 @@ def first_wrong(
 
         of_parts = jax.lax.scan(one, None, (jnp.arange(microbatches), parts))[1]
         grads, products = jax.tree.map(lambda x: x.max(0), of_parts)
-        return _by_layer((state.params, state.frozen)), products, grads
+        return [_by_layer(state.params), _by_layer(state.frozen)], products, grads
 
     weights, products, gradients = jax.device_get(jax.jit(magnitudes)(state, histories, batch))
     known = jax.tree.map(lambda h: np.asarray(h).max(-1), histories)
     order = [
-        *_tensors(blueprint.config, "the weight", weights),
+        *(seen for part in weights for seen in _tensors(blueprint.config, "the weight", part)),
         *_operands(blueprint, products, known),
         *_tensors(blueprint.config, "the gradient of", gradients),
     ]
@@ -95,7 +94,7 @@ def first_wrong(
 def _watched(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
     """The model with a history for each product, and histories of nothing."""
 
-    def model() -> nnx.Module:
+    def model() -> Transformer:
         given = (blueprint.config, blueprint.precision, blueprint.execution, blueprint.lora)
         model = fresh_model(*given, jax.random.key(0))
         model.watch()
@@ -107,11 +106,12 @@ def _watched(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
 
 
 def _by_layer(tree: Any) -> Any:
-    """The largest magnitudes of arrays; of those that are stacked, which stand in "stacks", by layer of the stack."""
+    """The largest magnitudes of arrays, infinity where a number is not finite; of those in "stacks" by layer."""
 
     def largest(path: Any, x: jax.Array) -> jax.Array:
         stacked = any(getattr(key, "key", None) == "stacks" for key in path)
-        return jnp.abs(x.astype(jnp.float32)).max(tuple(range(1 if stacked else 0, x.ndim)))
+        by_layer = (EACH, *(ALL,) * (x.ndim - 1)) if stacked else (ALL,) * x.ndim
+        return largest_magnitude(x.astype(jnp.float32), by_layer).reshape(-1 if stacked else ())
 
     return jax.tree_util.tree_map_with_path(largest, tree)
 
@@ -161,10 +161,13 @@ def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]
 def _told(found: Seen, recipe: Recipe | None) -> str:
     finite = np.isfinite(found.largest)
     problem = f"over its format's range more than {OVERFLOW:g} times" if finite else "not finite"
-    sentence = f"the first tensor that is {problem} is {found.name}: its largest magnitude is {found.largest:.6g}"
+    largest = f"{found.largest:.6g}" if finite else "infinite, or no number"
+    sentence = f"the first tensor that is {problem} is {found.name}: its largest magnitude is {largest}"
     if recipe is None or found.dtype is None:
         return sentence
     if recipe.scaling in ("row", "block"):
         return f"{sentence}, with a scale for each {recipe.scaling} ({recipe.format})"
+    if recipe.scaling == "delayed" and not found.known:
+        return f"{sentence}, its scale one that is presumed before a first step ({recipe.format})"
     scale = float(scales_for(jnp.float32(found.known or found.largest), found.dtype))
     return f"{sentence}, its scale {scale:.6g} ({jnp.dtype(found.dtype).name}, {recipe.scaling})"

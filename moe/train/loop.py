@@ -201,7 +201,7 @@ class _Run:
         if pending is not None:
             taken, metrics = pending[0], jax.device_get(pending[1])
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm) and metrics.growth <= OVERFLOW):
-                jax.tree.map(jax.Array.delete, state)
+                jax.tree.map(lambda x: x.delete(), state)
                 raise self._stopped(taken, metrics)
             now = time.perf_counter()
             seconds, self.clock = now - self.clock, now

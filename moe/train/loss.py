@@ -86,7 +86,7 @@ def _walk(hidden_BTD, head_VD, targets_BT, weights_BT, history, chunk, layout, r
     if layout.mesh is not None:
         tokens, stream, whole = layout.activation_spec("BT"), layout.activation_spec("BTD"), layout.whole_spec
         taken = stream, layout.used_spec("VD"), tokens, tokens, whole
-        made = whole, stream, layout.gradient_spec("VD"), layout.each_device().spec
+        made = whole, stream, layout.gradient_spec("VD"), _each(lambda _: layout.each_device().spec, history)
         walk = layout.shard_map(on_each_device, taken, made if with_gradients else whole)
     told = walk(hidden_BTD, head_VD, targets_BT, weights_BT, history)
     return (*told[:3], _each(lambda h: h.max(0), told[3])) if with_gradients else told

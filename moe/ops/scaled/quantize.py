@@ -73,8 +73,7 @@ def quantize(x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...], over: tupl
     """
     largest = largest_magnitude(x, shared)
     if over:
-        # The maximum over devices may pass over a nan, which its own device then keeps.
-        largest = jnp.where(jnp.isnan(largest), largest, jax.lax.pmax(largest, over))
+        largest = jax.lax.pmax(largest, over)
     scales = scales_for(largest, dtype)
     return Scaled(rounded(x, scales, dtype), scales)
 

@@ -264,3 +264,10 @@ def test_matrices_gathered_in_8_bits_take_a_byte_a_number_and_one_for_every_bloc
 def test_nothing_is_gathered_below_zero_3():
     with pytest.raises(ConfigError, match=r"layout\.zero=3"):
         job(mesh=MeshConfig(data=8), layout=LayoutConfig(zero=2), precision=Precision(gathered="fp8"))
+
+
+def test_products_in_8_bits_are_not_estimated():
+    with pytest.raises(ConfigError, match="precision.matmuls='fp8': what products in 8 bits take is not estimated"):
+        estimate_work(job(precision=Precision(matmuls="fp8")), 8)
+    # Serving computes in the wide format.
+    estimate_work(job("decode", precision=Precision(matmuls="fp8")), 8)

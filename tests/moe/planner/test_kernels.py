@@ -81,6 +81,46 @@ def test_the_grouped_product_works_on_rows_that_are_there(text, routed_rows, row
     assert run.bytes == 2 * (rows * 64 + rows * 32 + 4 * 64 * 32)
 
 
+SCALED_ROWS = """  %a = s32[9]{0} parameter(0)
+  %b = s32[9]{0} parameter(1)
+  %c = s32[9]{0} parameter(2)
+  %x = f8e5m2[100,64]{1,0} parameter(3)
+  %sx = f32[100,2]{1,0} parameter(4)
+  %w = f8e4m3fn[4,32,64]{2,1,0} parameter(5)
+  %sw = f32[4,2,32]{2,1,0} parameter(6)
+  ROOT %y = bf16[100,32]{1,0} custom-call(%a, %b, %c, %x, %sx, %w, %sw), custom_call_target="TRITON", META"""
+SCALED_WEIGHTS = """  %a = s32[4]{0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  %x = s8[100,64]{1,0} parameter(2)
+  %sx = f32[1,64]{1,0} parameter(3)
+  %dy = s8[100,32]{1,0} parameter(4)
+  %sy = f32[1,32]{1,0} parameter(5)
+  ROOT %y = bf16[4,64,32]{2,1,0} custom-call(%a, %b, %x, %sx, %dy, %sy), custom_call_target="TRITON", META"""
+
+
+@pytest.mark.parametrize(
+    ("text", "over", "format", "size"),
+    [
+        # x in 8 bits, y in bfloat16, w, and both scales.
+        (SCALED_ROWS, "rows", "f8e5m2", 60 * (64 + 2 * 32) + 4 * 64 * 32 + 4 * (100 * 2 + 4 * 2 * 32)),
+        # x and dy in 8 bits, dw in bfloat16, and both scales.
+        (SCALED_WEIGHTS, "weights", "s8", 60 * (64 + 32) + 2 * 4 * 64 * 32 + 4 * (64 + 32)),
+    ],
+)
+def test_the_grouped_product_in_8_bits(text, over, format, size):
+    name = f'metadata={{op_name="jit(f)/experts/scaled_grouped_matmul_{over}/pallas_call"}}'
+    run = run_of(text.replace("META", name).replace("TRITON", "__gpu$xla.gpu.triton"), routed_rows=60.0)
+    assert (run.kind, run.use, run.format, run.shape) == ("grouped_matmul", "experts", format, (4, 60, 32, 64))
+    assert run.flops == 2 * 60 * 64 * 32
+    assert run.bytes == size
+
+
+def test_a_dense_product_by_the_grouped_kernel_has_all_its_rows():
+    name = 'metadata={op_name="jit(f)/attention/scaled_grouped_matmul_rows/pallas_call"}'
+    text = SCALED_ROWS.replace("META", name).replace("TRITON", "__gpu$xla.gpu.triton")
+    assert run_of(text, routed_rows=60.0).flops == 2 * 100 * 64 * 32
+
+
 @pytest.mark.parametrize(("T", "S"), [(1, 7), (5, 5), (3, 8)])
 @pytest.mark.parametrize(
     ("target", "config", "products", "causal"),

@@ -41,7 +41,7 @@ def einsum_with_gradients(spec, recipe):
 @cache
 def grouped_with_gradients(recipe, backend):
     def run(x_RD, w_EDF, sizes_E, dy_RF):
-        y_RF, pull = jax.vjp(lambda x, w: grouped(recipe, BACKENDS[backend], x, w, sizes_E, None), x_RD, w_EDF)
+        y_RF, pull = jax.vjp(lambda x, w: grouped(recipe, BACKENDS[backend], (), x, w, sizes_E, None), x_RD, w_EDF)
         return y_RF, *pull(dy_RF)
 
     return jax.jit(run)
