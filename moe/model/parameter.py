@@ -72,7 +72,7 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("axes")
     if isinstance(weight, QuantizedWeight):
         return dequantize(placed(weight, axes, layout, layout.gather), dtype)
-    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered"))
+    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered", None))
 
 
 def placed(weight: Any, axes: str, layout: Layout, place: Callable[[Any, str], Any]) -> Any:
