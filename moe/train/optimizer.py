@@ -160,11 +160,8 @@ def make_optimizer(
         )
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps, config.final_share)
 
-    def by_spec(choose: Callable[[ParameterSpec], Any]) -> Any:
-        return jax.tree.map(choose, specs, is_leaf=is_spec)
-
     def by_kind(choose: Callable[[Kind], Any]) -> Any:
-        return by_spec(lambda spec: choose(spec.kind))
+        return _by_spec(lambda spec: choose(spec.kind), specs)
 
     parts = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
     parts += [
@@ -179,7 +176,7 @@ def make_optimizer(
     if config.rounding == "kahan":
         optimizer = with_kahan_compensation(optimizer)
     if config.rounding == "stochastic":
-        optimizer = with_stochastic_rounding(optimizer, by_spec(lambda spec: spec.axes.startswith("L")))
+        optimizer = with_stochastic_rounding(optimizer, _by_spec(lambda spec: spec.axes.startswith("L"), specs))
     return optimizer, schedule
 
 
@@ -187,23 +184,24 @@ def _directions(
     config: OptimizerConfig, specs: dict[str, Any], layout: Layout, dtype: DTypeLike
 ) -> list[optax.GradientTransformation]:
     """Gradients made into steps, by the optimizer's kind."""
-
-    def by_spec(choose: Callable[[ParameterSpec], Any]) -> Any:
-        return jax.tree.map(choose, specs, is_leaf=is_spec)
-
     if config.kind == "adafactor":
-        return [scale_by_adafactor(by_spec(lambda spec: matrix_axes(spec.axes)), config.b2)]
-    adam = scale_by_adam(by_spec(lambda spec: format_of(spec, config.states)), config.b1, config.b2, config.eps)
+        return [scale_by_adafactor(_by_spec(lambda spec: matrix_axes(spec.axes), specs), config.b2)]
+    formats = _by_spec(lambda spec: format_of(spec, config.states), specs)
+    adam = scale_by_adam(formats, config.b1, config.b2, config.eps)
     if config.kind == "adamw":
         return [adam]
-    ours = by_spec(lambda spec: spec.kind in MATRICES)
+    ours = _by_spec(lambda spec: spec.kind in MATRICES, specs)
     if not any(jax.tree.leaves(ours)):
         raise ConfigError(
             f"optimizer.kind='muon': none of the trained parameters is one of {', '.join(MATRICES)}; set kind='adamw'"
         )
-    matrices = by_spec(lambda spec: Orthogonalized(spec.axes, format_of(spec, config.states)))
+    matrices = _by_spec(lambda spec: Orthogonalized(spec.axes, format_of(spec, config.states)), specs)
     muon = scale_by_muon(matrices, config.momentum, layout, dtype)
-    return [optax.masked(muon, ours), optax.masked(adam, by_spec(lambda spec: spec.kind not in MATRICES))]
+    return [optax.masked(muon, ours), optax.masked(adam, jax.tree.map(lambda own: not own, ours))]
+
+
+def _by_spec(choose: Callable[[ParameterSpec], Any], specs: dict[str, Any]) -> Any:
+    return jax.tree.map(choose, specs, is_leaf=is_spec)
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:

@@ -47,7 +47,7 @@ def scale_by_adafactor(axes: Any, largest_decay: float = 0.999) -> optax.Gradien
     """
     Args:
         axes: for each parameter its MatrixAxes.
-        largest_decay: of the second moments (arXiv 2106.04560 §3.4).
+        largest_decay: of the second moments (a cap, as in arXiv 2106.04560).
     """
 
     def init(params: Any) -> AdafactorState:

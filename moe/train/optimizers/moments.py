@@ -114,18 +114,15 @@ def encoded(x: jax.Array, format: MomentFormat, *, signed: bool) -> jax.Array | 
     """
     if not format.block:
         return x.astype(format.name)
-    numbers = dynamic_map(signed)
-    top, least = (1.0, numbers[1]) if format.name == "int8" else (float(_FP8.max), float(_FP8.smallest_subnormal))
+    in_map = format.name == "int8"
+    top, least = (1.0, dynamic_map(signed)[1]) if in_map else (float(_FP8.max), float(_FP8.smallest_subnormal))
     cut = _cut(x if signed else jnp.sqrt(x), format.block)
     largest = jnp.abs(cut).max(tuple(range(1, cut.ndim, 2)), keepdims=True)
     scales = jnp.where(largest == 0, 1.0, largest / top)
     scaled = jnp.clip(cut / scales, -top, top)
     if not signed:
         scaled = jnp.where(cut > 0, jnp.maximum(scaled, least), scaled)
-    if format.name == "int8":
-        values = jnp.searchsorted((numbers[1:] + numbers[:-1]) / 2, scaled, method="scan_unrolled").astype(jnp.uint8)
-    else:
-        values = scaled.astype(_FP8.dtype)
+    values = _indices(scaled, signed) if in_map else scaled.astype(_FP8.dtype)
     return Blocks(values.reshape(x.shape), scales.reshape(cut.shape[::2]))
 
 
@@ -134,7 +131,7 @@ def decoded(kept: jax.Array | Blocks, *, signed: bool) -> jax.Array:
     if not isinstance(kept, Blocks):
         return kept.astype(jnp.float32)
     values, scales = kept
-    wide = jnp.asarray(dynamic_map(signed))[values] if values.dtype == jnp.uint8 else values.astype(jnp.float32)
+    wide = _at_indices(values, signed) if values.dtype == jnp.uint8 else values.astype(jnp.float32)
     block = tuple(size // count for size, count in zip(values.shape, scales.shape, strict=True))
     cut = _cut(wide, block)
     found = (cut * scales.reshape([n for count in scales.shape for n in (count, 1)])).reshape(values.shape)
@@ -151,6 +148,42 @@ def dynamic_map(signed: bool) -> np.ndarray:
         middles = 10.0 ** (decade - _DECADES + 1) * (bounds[1:] + bounds[:-1]) / 2
         numbers += [*middles, *(-middles if signed else ())]
     return np.sort(np.array(numbers)).astype(np.float32)
+
+
+def _decades(signed: bool) -> list[tuple[int, float, int]]:
+    """Of each decade, smallest first: the place of its first number above zero, what to multiply a number by to have it
+    between 0.1 and 1, and how many numbers there are."""
+    first, found = int(np.searchsorted(dynamic_map(signed), 0.0)) + 1, []
+    for decade in range(_DECADES):
+        parts = 2**decade if signed else 2 ** (decade + 1)
+        found.append((first, 10.0 ** (_DECADES - 1 - decade), parts))
+        first += parts
+    return found
+
+
+def _indices(x: jax.Array, signed: bool) -> jax.Array:
+    """The place in the dynamic map of the number nearest to each x. Decade by decade, for a search would look numbers
+    up in memory: XLA fuses this with what surrounds it, and keeps nothing in between."""
+    numbers, size = dynamic_map(signed), jnp.abs(x)
+    zero = int(np.searchsorted(numbers, 0.0))
+    place = jnp.full(x.shape, zero, jnp.int32)
+    for first, factor, parts in _decades(signed):
+        inside = jnp.clip(jnp.floor((size * factor - 0.1) * (parts / 0.9)), 0, parts - 1).astype(jnp.int32)
+        place = jnp.where(size > (numbers[first - 1] + numbers[first]) / 2, first + inside, place)
+    if signed:
+        place = jnp.where(x < 0, 2 * zero - place, place)
+    return jnp.where(x > (numbers[-2] + numbers[-1]) / 2, 255, place).astype(jnp.uint8)
+
+
+def _at_indices(places: jax.Array, signed: bool) -> jax.Array:
+    """The inverse: f32."""
+    zero = int(np.searchsorted(dynamic_map(signed), 0.0))
+    place = places.astype(jnp.int32)
+    size, value = jnp.abs(place - zero) + zero, jnp.zeros(places.shape, jnp.float32)
+    for first, factor, parts in _decades(signed):
+        middle = (0.1 + 0.9 * ((size - first).astype(jnp.float32) + 0.5) / parts) / factor
+        value = jnp.where(size >= first, middle, value)
+    return jnp.where(place == 255, 1.0, jnp.where(place < zero, -value, value))
 
 
 def all_zero(formats: Any, params: Any, signed: bool) -> Any:

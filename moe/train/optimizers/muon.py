@@ -113,7 +113,7 @@ def orthogonalized(x: jax.Array, axes: str, layout: Layout) -> jax.Array:
 
 def newton_schulz(x: jax.Array, rows: int) -> jax.Array:
     """The nearly orthogonal factor of each of some matrices, times `UPDATE_SIZE` and the root of its longer side
-    (arXiv 2502.16982, eq. 1, 2 and 4; released code, toy_train.py).
+    (arXiv 2502.16982 §2; released code).
 
     Args:
         x: matrices by number, the first `rows` of the other axes being rows, and the rest columns.

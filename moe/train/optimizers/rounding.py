@@ -4,8 +4,8 @@ nothing on average. Each wraps a transformation, which then sees gradients and p
 | | bytes a parameter, besides its own 2 | source |
 |---|---|---|
 | float32 copies, of which the parameters are the rounded values | 4 | arXiv 1710.03740 §3.1 |
-| Kahan's compensation: what rounding lost is added to the next update | 2 | arXiv 2010.06192, algorithm 3 |
-| stochastic rounding: up or down, by chance, so that the mean is right | 0 | arXiv 2010.06192, algorithm 2 |
+| Kahan's compensation: what rounding lost is added to the next update | 2 | arXiv 2010.06192 |
+| stochastic rounding: up or down, by chance, so that the mean is right | 0 | arXiv 2010.06192 |
 """
 
 from typing import Any, Literal, NamedTuple

@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 
 from moe.model.parameter import ParameterSpec
+from moe.train.optimizers import moments
 from moe.train.optimizers.moments import (
     MomentFormat,
     all_decoded,
     all_zero,
     block_of,
-    decoded,
     dynamic_map,
-    encoded,
     format_of,
 )
 from tests.oracle import moments as oracle
+
+# One compilation instead of one for each operation.
+encoded = jax.jit(moments.encoded, static_argnums=1, static_argnames="signed")
+decoded = jax.jit(moments.decoded, static_argnames="signed")
 
 
 def values(signed: bool, shape=(2, 4, 6, 8)) -> np.ndarray:
@@ -28,6 +31,28 @@ def values(signed: bool, shape=(2, 4, 6, 8)) -> np.ndarray:
 def test_the_dynamic_map_is_that_of_the_paper(signed):
     np.testing.assert_allclose(dynamic_map(signed), oracle.dynamic_map(signed), rtol=1e-6)
     assert len(set(dynamic_map(signed).tolist())) == 256
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_number_of_the_map_is_found_and_comes_back(signed):
+    numbers = dynamic_map(signed)
+    kept = encoded(jnp.asarray(numbers if signed else numbers**2), MomentFormat("int8", (256,)), signed=signed)
+    np.testing.assert_array_equal(kept.values, np.arange(256))
+    np.testing.assert_allclose(decoded(kept, signed=signed), numbers if signed else numbers**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_nearest_number_of_the_map_is_taken(signed):
+    r = np.random.default_rng(0)
+    x = (10 ** r.uniform(-7.5, 0, 20_000) * (r.choice([-1, 1], 20_000) if signed else 1)).astype(np.float32)
+    x[0] = 1.0
+    numbers = dynamic_map(signed)
+    kept = encoded(jnp.asarray(x if signed else x**2), MomentFormat("int8", (20_000,)), signed=signed)
+    nearest = np.abs(x[:, None] - numbers).min(1)
+    found = np.abs(x - numbers[np.asarray(kept.values)])
+    # Of second moments none above zero becomes zero.
+    counted = np.abs(x) > numbers[numbers > 0][0]
+    np.testing.assert_allclose(found[counted], nearest[counted], rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("signed", [True, False])
