@@ -16,7 +16,7 @@ from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.execution import Execution, check_execution
 from moe.model.precision import Precision, check_gathered
 from moe.train.data import DataConfig
-from moe.train.histories import check_histories
+from moe.train.histories import check_products
 from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig, check_optimizer
 from moe.train.pipelined import check_stages
@@ -131,7 +131,7 @@ class Experiment:
         stages, virtual, microbatches = self.mesh.stage, self.training.virtual_stages, self.training.microbatches
         check_stages(self.model, stages, virtual)
         check_landing(self.layout, stages, microbatches)
-        check_histories(self.precision, stages)
+        check_products(self.precision, self.execution, stages)
         if virtual > 1 and microbatches % stages:
             raise ConfigError(
                 f"training.microbatches={microbatches} with training.virtual_stages={virtual}: interleaving takes "

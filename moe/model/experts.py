@@ -45,15 +45,19 @@ class Experts(nnx.Module):
     def weights(self, layout: Layout) -> ExpertWeights:
         """The weights as used: each device holds its own experts, or its part of their width."""
         devices = 1 if layout.mesh is None else layout.mesh.size
-        return ExpertWeights(
-            *(used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)),
-            {name: spread(history[...], devices) for name, history in self.products.histories.items()},
+        gate_EDF, up_EDF, down_EFD = (
+            used(w, self.dtype, layout) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)
         )
+        histories = {name: spread(history[...], devices) for name, history in self.products.histories.items()}
+        return ExpertWeights(gate_EDF, up_EDF, down_EFD, histories)
 
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
-        specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
-        return ExpertWeights(*specs, {name: layout.each_device().spec for name in self.products.histories})
+        wide: Any
+        narrow: Any
+        wide, narrow = (layout.used_spec(axes) for axes in ("EDF", "EFD"))
+        each: Any = layout.each_device() if self.products.histories else None
+        return ExpertWeights(wide, wide, narrow, dict.fromkeys(self.products.histories, each.spec))
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
@@ -92,7 +96,8 @@ def apply_experts(
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
 
     def product(name: str, x: jax.Array, w: jax.Array, axes: Split) -> jax.Array:
-        history, backend = weights.histories.get(name), execution.grouped_matmul
+        history = weights.histories.get(name)
+        backend: Any = execution.grouped_matmul
         if recipe is None:
             return recorded(grouped_matmul(x, w, counts_E, backend=backend), x, w, history, owned_R1)
         multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)

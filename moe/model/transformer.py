@@ -172,8 +172,8 @@ class Transformer(nnx.Module):
             w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
             if self.products.recipe is None:
                 return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
-            wide = (x.astype(jnp.float32) for x in (hidden_BTD, w_VD))
-            return product("BTD,VD->BTV", *wide, self.products.recipe, self.products.history("head"))
+            hidden_BTD, w_VD = (x.astype(jnp.float32) for x in (hidden_BTD, w_VD))
+            return product("BTD,VD->BTV", hidden_BTD, w_VD, self.products.recipe, self.products.history("head"))
 
     def move_biases(self, load_LE: jax.Array) -> None:
         """Moves the routers' selection biases in place, for router.balance "bias".

@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from moe.model.config import ConfigError
+from moe.model.execution import Execution
 from moe.model.precision import Precision
 
 
-def check_histories(precision: Precision, stages: int) -> None:
+def check_products(precision: Precision, execution: Execution, stages: int) -> None:
     """
     Raises:
-        ConfigError: layers with histories are shared out over stages.
+        ConfigError: products in 8 bits by a backend that has none, or layers with histories are shared out over stages.
     """
+    if precision.matmuls is not None and execution.grouped_matmul == "ragged":
+        raise ConfigError(
+            f"execution.grouped_matmul='ragged' with precision.matmuls={precision.matmuls!r}: that backend has no "
+            "products in 8 bits; set 'auto', 'blocked' or 'triton'"
+        )
     if precision.delayed and stages > 1:
         raise ConfigError(
             f"precision.scaling='delayed' with mesh.stage={stages}: pipelines keep no histories; set "

@@ -59,7 +59,8 @@ def chosen_experts(model: Transformer, batch: Batch) -> list[jax.Array]:
             group = nnx.merge(graph, jax.tree.map(lambda x, place=place: x[place], stacked))
             for block in group.blocks:
                 if isinstance(block.feed_forward, MoELayer):
-                    block.feed_forward.router = _Watched(block.feed_forward.router, found)
+                    watched: Any = _Watched(block.feed_forward.router, found)
+                    block.feed_forward.router = watched
             x_BTD = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE).x_BTD
     return found
 

@@ -13,7 +13,7 @@ from moe.model.moe_layer import MoEStats
 from moe.model.parameter import SelectionBias
 from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
-from moe.train.histories import check_histories, growth
+from moe.train.histories import check_products, growth
 from moe.train.loss import cross_entropy_sum
 from moe.train.objective import make_objective
 from moe.train.optimizer import global_norm
@@ -82,7 +82,7 @@ def make_train_step(
     """
     check_stages(blueprint.config, blueprint.layout.stages, virtual_stages)
     check_landing(blueprint.layout.config, blueprint.layout.stages, microbatches)
-    check_histories(blueprint.precision, blueprint.layout.stages)
+    check_products(blueprint.precision, blueprint.execution, blueprint.layout.stages)
     layout, router = blueprint.layout, blueprint.config.router
     accumulated = jnp.dtype(blueprint.precision.gradients)
 

@@ -17,7 +17,7 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.train.checkpoint import named
 from moe.train.data import Batch
-from moe.train.histories import check_histories
+from moe.train.histories import check_products
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step, place_batch
@@ -142,13 +142,14 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, scaling):
 
 @pytest.mark.slow
 def test_stages_give_the_loss_and_gradients_of_one_device():
-    """With as many microbatches, each of which has scales of its own."""
+    """But for rounding, with as many microbatches, each of which has scales of its own: the stages share out the
+    positions whose logits they make, and the head's scales are those of a part."""
     given = dataclasses.replace(FULL, matmuls="int8"), None, 2
     model = dataclasses.replace(MODEL, num_dense_layers=0, router=RouterConfig(top_k=2, balance="none"))
     loss, gradients, _ = one_step(given[0], MeshConfig(stage=2, data=2, tensor=2), 2, model=model)
     expected_loss, expected, _ = one_step(*given, model=model)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    assert away(gradients, expected) < 1e-5
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-3)
+    assert away(gradients, expected) < 0.1
 
 
 @pytest.mark.slow
@@ -207,7 +208,11 @@ def test_wrong_settings_are_named(settings, message):
         Precision(**settings)
 
 
-def test_histories_over_stages_are_refused():
+def test_what_has_no_products_in_8_bits_or_no_histories_is_named():
+    delayed = Precision(matmuls="fp8", scaling="delayed")
     with pytest.raises(ConfigError, match="precision.scaling='delayed' with mesh.stage=2: pipelines keep no histories"):
-        check_histories(Precision(matmuls="fp8", scaling="delayed"), 2)
-    check_histories(Precision(matmuls="fp8"), 2)
+        check_products(delayed, Execution(), 2)
+    with pytest.raises(ConfigError, match="execution.grouped_matmul='ragged' with precision.matmuls='fp8'"):
+        check_products(delayed, Execution(grouped_matmul="ragged"), 1)
+    check_products(delayed, Execution(), 1)
+    check_products(Precision(matmuls="fp8"), Execution(), 2)
