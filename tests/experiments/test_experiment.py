@@ -38,6 +38,7 @@ TINY = load_experiment(Path(__file__).parent.parent.parent / "experiments/tiny.p
             "mesh.stage=2; use a multiple of 2",
         ),
         ({"layout.zero": 0}, "layout.zero=0: give one of 1, 2, 3"),
+        ({"layout.zero": 2, "precision.gathered": "fp8"}, "layout.zero=2: every device holds whole matrices"),
         ({"optimizer.warmup_steps": 500}, "optimizer.warmup_steps=500 with training.steps=120: warm up for fewer"),
         ({"model.vocab_size": 100}, "model.vocab_size=100: a byte-level tokenizer needs at least 261 ids"),
         ({"name": "a/b"}, "name='a/b': it names a folder"),
