@@ -152,6 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     console, errors = consoles()
     try:
+        for name in ("seeds", "jobs"):
+            if getattr(options, name) < 1:
+                raise ConfigError(f"--{name} {getattr(options, name)}: give at least 1")
         modes = asked_modes(options.modes)
         tasks = plan_tasks(modes, options.seeds, options.steps, errors)
     except ConfigError as error:

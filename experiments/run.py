@@ -239,8 +239,8 @@ def announce(experiment: Experiment, blueprint: Blueprint, data: Data, path: Pat
         "layout": f"experts over {' x '.join(layout.experts) or 'none'}, ZeRO-{layout.zero}, "
         f"optimizer states on the {layout.optimizer_states}, gradients on the {layout.gradients}",
         "precision": f"parameters {precision.parameters}, compute {precision.compute}, exchange {precision.exchange}"
-        + (f", products {precision.matmuls} scaled by {precision.scaling}" if precision.matmuls else "")
-        + (f", gathered in {precision.gathered}" if precision.gathered else ""),
+        + (f", gathered in {precision.gathered}" if precision.gathered else "")
+        + (f", products {precision.matmuls} scaled by {precision.scaling}" if precision.matmuls else ""),
         "data": f"{told.documents:,} documents, {told.tokens:,} training tokens, "
         f"unigram entropy {told.unigram_entropy:.3f} nats",
         "run folder": str(path),

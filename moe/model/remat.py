@@ -46,6 +46,19 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
 
 
+def _with_scaled(of_dots: Callable, of_names: Callable) -> Callable:
+    """Of products in 8 bits the result is kept, which has the compute format, and not the sum of 32 bits before it."""
+
+    def policy(primitive, *operands, **parameters):
+        if primitive.name == "name":
+            return of_names(primitive, *operands, **parameters)
+        if primitive.name == "dot_general" and all(x.dtype.itemsize == 1 for x in operands):
+            return False
+        return of_dots(primitive, *operands, **parameters)
+
+    return policy
+
+
 def _kept_in_fp8(layers: Callable) -> Callable:
     """The function of a scanned group, of two arguments, which keeps in 8 bits what it would keep in bfloat16.
 
@@ -85,16 +98,3 @@ def _from_fp8(kept: Any) -> jax.Array:
     if not isinstance(kept, _InFp8):
         return kept
     return (kept.values.astype(jnp.float32) * kept.scales).astype(jnp.bfloat16)
-
-
-def _with_scaled(of_dots: Callable, of_names: Callable) -> Callable:
-    """Of products in 8 bits the result is kept, which has the compute format, and not the sum of 32 bits before it."""
-
-    def policy(primitive, *operands, **parameters):
-        if primitive.name == "name":
-            return of_names(primitive, *operands, **parameters)
-        if primitive.name == "dot_general" and all(x.dtype.itemsize == 1 for x in operands):
-            return False
-        return of_dots(primitive, *operands, **parameters)
-
-    return policy

@@ -29,6 +29,7 @@ ELSEWHERE = ("while", "call", "conditional")
 NOTHING_STORED = ("tuple", "get-tuple-element", "parameter", "bitcast", *ELSEWHERE)
 
 
+@functools.cache
 def compiled(precision: Precision, execution: Execution):
     """A train step for one H20. Its lengths divide by T, and no weight's do."""
     mesh = MeshConfig()
@@ -36,7 +37,6 @@ def compiled(precision: Precision, execution: Execution):
     return lower(job, described_mesh(H20, mesh, 1)).compile()
 
 
-@functools.cache
 def memory(**execution) -> int:
     """Bytes of its temporaries."""
     return compiled(Precision(), Execution(**execution)).memory_analysis().temp_size_in_bytes
