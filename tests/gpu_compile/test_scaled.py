@@ -102,7 +102,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("chip", "kind", "recipe"), CASES, ids=lambda case: getattr(case, "name", None) or str(case))
+def label(case):
+    """The same in every process of a run of tests."""
+    return getattr(case, "name", None) or getattr(case, "__name__", None) or f"{case.format}-{case.scaling}"
+
+
+@pytest.mark.parametrize(("chip", "kind", "recipe"), CASES, ids=label)
 def test_all_three_products_have_8_bit_operands(chip, kind, recipe, tmp_path):
     program = compiled(chip, *kind(recipe), recipe, TILES | {"xla_dump_to": str(tmp_path)})
     assert sorted(formats(program)) == (FP8 if recipe.format == "fp8" else [("s8", "s8")] * 3)
