@@ -9,7 +9,6 @@ from moe.model.config import ConfigError
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 
-
 OVERFLOW = 16.0
 """Times the largest magnitude of all steps that delayed scaling looks back on. Up to there values are cut off, as
 Transformer Engine does it; beyond, training stops."""
