@@ -141,11 +141,11 @@ def _operands(blueprint: Blueprint, products: dict[str, Any], histories: dict[st
         limit = OVERFLOW * known if past[which, -1] > 0 else np.inf
         return Seen(name, float(largest[which]), known, limit, dtype)
 
-    for _, told, *given in found:
-        yield seen(f"the activation that goes into {told}", X, *given, forward)
-        yield seen(f"the weight in {told}", W, *given, forward)
-    for _, told, *given in reversed(found):
-        yield seen(f"the gradient that comes back to {told}", DY, *given, backward)
+    for _, told, largest, past in found:
+        yield seen(f"the activation that goes into {told}", X, largest, past, forward)
+        yield seen(f"the weight in {told}", W, largest, past, forward)
+    for _, told, largest, past in reversed(found):
+        yield seen(f"the gradient that comes back to {told}", DY, largest, past, backward)
 
 
 def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]:
