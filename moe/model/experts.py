@@ -58,15 +58,18 @@ class Experts(nnx.Module):
 
     def specs(self, layout: Layout, length: int) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
-        specs: Any = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
+        specs: list[Any] = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
         if self.products.keeps_weights(length):
             specs = [
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
         gate, up, down = specs
-        each: Any = layout.each_device()
-        return ExpertWeights(gate, up, down, dict.fromkeys(self.products.histories, each.spec))
+        histories: dict[str, Any] = {}
+        for name in self.products.histories:
+            each: Any = layout.each_device()
+            histories[name] = each.spec
+        return ExpertWeights(gate, up, down, histories)
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:

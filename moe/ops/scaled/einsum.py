@@ -18,7 +18,8 @@ def scaled_einsum(
 ) -> jax.Array:
     """jnp.einsum(spec, x, w) with operands in 8 bits; the gradients of x and w likewise, from dy in 8 bits.
 
-    Sums are taken in float32, of int8 in int32. What is kept for the backward pass are the 8-bit operands.
+    Sums are taken in float32, of int8 in int32, which holds 133,152 products of its largest values. What is kept for
+    the backward pass are the 8-bit operands.
 
     Args:
         spec: of an activation and a weight, as "BTD,DNH->BTNH": every letter twice, none of them three times.
@@ -94,7 +95,7 @@ def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:
             return block_scaled_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
         return jnp.einsum(spec, widened(a), widened(b), preferred_element_type=jnp.float32).astype(dtype)
     x, w = (a.values, b.values) if platform() == "gpu" else (multiplied(a), multiplied(b))
-    # The highest precision keeps sums of fp8 in float32, where a tensor core would drop bits of them.
+    # Otherwise tensor cores may drop bits of sums of fp8 (cuBLASLt's fast accumulation; DeepSeek-V3 §3.3.2).
     precision = jax.lax.Precision.HIGHEST if platform() == "gpu" else None
     y = jnp.einsum(spec, x, w, preferred_element_type=sum_dtype(a), precision=precision).astype(jnp.float32)
     return (y * _onto(a, left, out) * _onto(b, right, out)).astype(dtype)

@@ -17,7 +17,7 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.train.checkpoint import named
 from moe.train.data import Batch
-from moe.train.histories import check_products
+from moe.train.histories import check_products, growth
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step, place_batch
@@ -142,13 +142,14 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, scaling):
 
 @pytest.mark.slow
 def test_stages_give_the_loss_and_gradients_of_one_device():
-    """With as many microbatches, each of which has scales of its own."""
+    """But for rounding, with as many microbatches, each of which has scales of its own: the stages share out the
+    positions whose logits they make, and the head's scales are those of a part."""
     given = dataclasses.replace(FULL, matmuls="int8"), None, 2
     model = dataclasses.replace(MODEL, num_dense_layers=0, router=RouterConfig(top_k=2, balance="none"))
     loss, gradients, _ = one_step(given[0], MeshConfig(stage=2, data=2, tensor=2), 2, model=model)
     expected_loss, expected, _ = one_step(*given, model=model)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    assert away(gradients, expected) < 1e-5
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-3)
+    assert away(gradients, expected) < 0.1
 
 
 @pytest.mark.slow
@@ -163,6 +164,13 @@ def test_histories_take_the_largest_of_microbatches_and_chunks():
         assert (history[..., 0] > 0).all()
         # What was known of the head's gradients before the first step.
         assert history[..., 1:].sum() == (1 if name == "products.histories.head" else 0)
+
+
+def test_growth_counts_where_a_history_is_full():
+    before = {"new": jnp.array([[[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]]]), "full": jnp.array([[2.0, 4], [1, 1], [0, 3]])}
+    after = {"new": jnp.full((1, 3, 2), 900.0), "full": jnp.array([[10.0, 2], [3, 1], [5, 0]])}
+    assert float(growth(before, after)) == 3
+    assert float(growth({}, {})) == 0
 
 
 @pytest.mark.slow

@@ -100,14 +100,12 @@ class TestContract:
 
 
 def test_bfloat16_in_bfloat16_out():
-    x_RD, w_EDF = jnp.ones((1024, 32), jnp.bfloat16), jnp.ones((1, 32, 16), jnp.bfloat16)
-    for recipe in (Recipe("fp8", "tensor"), Recipe("int8", "row")):
-        y_RF, _, dw_EDF = grouped_with_gradients(recipe, "blocked")(
-            x_RD, w_EDF, jnp.array([1024], jnp.int32), jnp.ones((1024, 16), jnp.bfloat16)
-        )
-        assert y_RF.dtype == dw_EDF.dtype == jnp.bfloat16
-        # In bfloat16 alone a sum of ones stops at 256.
-        assert (np.asarray(dw_EDF, np.float32) == 1024).all()
+    x_RD, w_EDF, dy_RF = (jnp.ones(shape, jnp.bfloat16) for shape in [(1024, 32), (1, 32, 16), (1024, 16)])
+    run = grouped_with_gradients(Recipe("fp8", "tensor"), "blocked")
+    y_RF, _, dw_EDF = run(x_RD, w_EDF, jnp.array([1024], jnp.int32), dy_RF)
+    assert y_RF.dtype == dw_EDF.dtype == jnp.bfloat16
+    # In bfloat16 alone a sum of ones stops at 256.
+    assert (np.asarray(dw_EDF, np.float32) == 1024).all()
 
 
 @pytest.mark.parametrize(

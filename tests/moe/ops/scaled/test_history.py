@@ -127,3 +127,19 @@ def test_eight_devices_return_the_largest_of_all_and_no_sum():
     first = (np.arange(8 * R) % R < R // 2)[:, None]
     expected = np.stack([(held["x"] * m).T @ held["dy"] for m in (first, ~first)])
     assert_trees_equal_to_scale(dw_EDF, expected)
+
+
+def test_stages_of_a_pipeline_have_layers_and_histories_of_their_own():
+    mesh = jax.make_mesh((2, 4), ("stage", "data"), axis_types=(AxisType.Auto,) * 2)
+    x_BD, w_LDF = arrays((16, 8), (2, 8, 4))
+    layers, rows = PartitionSpec("stage"), PartitionSpec("data")
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(rows, layers, layers), out_specs=PartitionSpec("stage", "data"),
+             check_vma=False)  # fmt: skip
+    def on_each(x_BD, w_1DF, history_1):
+        return scaled_einsum("BD,DF->BF", x_BD, w_1DF[0], FP8, history_1[0])[None]
+
+    run = jax.jit(jax.grad(lambda w_LDF, histories: jnp.sin(on_each(x_BD, w_LDF, histories)).sum(), 1))
+    after = run(w_LDF.at[1].multiply(5), jnp.stack([new_history()] * 2))
+    np.testing.assert_allclose(after[:, 0, 0], np.abs(x_BD).max(), rtol=1e-6)
+    np.testing.assert_allclose(after[:, 1, 0], np.abs(w_LDF).max((1, 2)) * [1, 5], rtol=1e-6)

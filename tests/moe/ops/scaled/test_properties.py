@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.ops.scaled import Recipe
 from tests.closeness import assert_trees_equal_to_scale
 from tests.moe.ops.scaled.test_contract import RECIPES, grouped_with_gradients
 from tests.oracle import scaled as oracle
@@ -66,23 +65,3 @@ class TestProperties:
         else:
             assert np.isnan(dx_RD[row]).all()
             assert np.isnan(dw_EDF[expert, :, column]).all()
-
-
-def test_a_row_far_from_the_others_harms_them_with_one_scale_and_not_with_its_own():
-    x_RD, w_EDF, dy_RF = arrays(0)
-    x_RD[0] *= 1000
-    exact = oracle.grouped(x_RD, w_EDF, [R, 0, 0, 0], dy_RF, "int8", "row")[0][1:]
-    errors = {
-        scaling: np.linalg.norm(
-            np.asarray(
-                grouped_with_gradients(Recipe("int8", scaling), "blocked")(
-                    x_RD, w_EDF, np.array([R, 0, 0, 0], np.int32), dy_RF
-                )[0]
-            )[1:]
-            - x_RD[1:] @ w_EDF[0]
-        )
-        / np.linalg.norm(exact)
-        for scaling in ("tensor", "row")
-    }
-    assert errors["row"] < 0.02
-    assert errors["tensor"] > 0.5
