@@ -81,12 +81,13 @@ class Experts(nnx.Module):
                 placed(w.get_value(), w.get_metadata("axes"), layout, lambda _, axes: layout.used_spec(axes))
                 for w in self._matrices
             ]
-        each: Any = layout.each_device()
         gate, up, down = specs
-        histories = dict.fromkeys(self.products.histories, each.spec)
-        return ExpertWeights(
-            gate, up, down, histories, {name: adapter.specs(layout) for name, adapter in self.adapters.items()}
-        )
+        histories: dict[str, Any] = {}
+        for name in self.products.histories:
+            each: Any = layout.each_device()
+            histories[name] = each.spec
+        adapters: dict[str, Any] = {name: adapter.specs(layout) for name, adapter in self.adapters.items()}
+        return ExpertWeights(gate, up, down, histories, adapters)
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:
