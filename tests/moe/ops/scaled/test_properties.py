@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.ops.scaled import Recipe
 from tests.closeness import assert_trees_equal_to_scale
 from tests.moe.ops.scaled.test_contract import RECIPES, grouped_with_gradients
 from tests.oracle import scaled as oracle
@@ -25,7 +26,12 @@ def routings():
     return some | st.permutations([R, 0, 0, 0]) | st.just([0] * E)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+QUICK = Recipe("fp8", "block"), Recipe("int8", "row")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=[] if r in QUICK else pytest.mark.slow) for r in RECIPES], ids=str
+)
 class TestProperties:
     @ANY
     @given(sizes=routings(), seed=st.integers(0, 9), exponent=st.integers(0, 30), silent=st.integers(0, R))
