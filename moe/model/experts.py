@@ -53,11 +53,13 @@ class Experts(nnx.Module):
 
     def specs(self, layout: Layout) -> ExpertWeights:
         """Where `weights` live, for `jax.shard_map`."""
-        wide: Any
-        narrow: Any
-        wide, narrow = (layout.used_spec(axes) for axes in ("EDF", "EFD"))
-        each: Any = layout.each_device() if self.products.histories else None
-        return ExpertWeights(wide, wide, narrow, dict.fromkeys(self.products.histories, each.spec))
+        specs: list[Any] = [layout.used_spec(axes) for axes in ("EDF", "EDF", "EFD")]
+        gate, up, down = specs
+        histories: dict[str, Any] = {}
+        for name in self.products.histories:
+            each: Any = layout.each_device()
+            histories[name] = each.spec
+        return ExpertWeights(gate, up, down, histories)
 
 
 def by_chunk(weights: ExpertWeights, chunks: int) -> list[ExpertWeights]:

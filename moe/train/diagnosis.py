@@ -23,13 +23,10 @@ from moe.ops.scaled.history import DY, W, X
 from moe.ops.scaled.quantize import ALL, EACH, largest_magnitude, scales_for
 from moe.train.checkpoint import named
 from moe.train.data import Batch
+from moe.train.histories import OVERFLOW
 from moe.train.objective import make_objective
 from moe.train.state import Blueprint, TrainState, fresh_model
 from moe.train.step import split_batch, step_key
-
-OVERFLOW = 16.0
-"""Times the largest magnitude of all steps that delayed scaling looks back on. Up to there values are cut off, as
-Transformer Engine does it; beyond, training stops."""
 
 _PRODUCTS = ("k", "v", "q", "o", "gate", "up", "down", "head")
 """Within a part of a layer, in the order in which they are computed."""
@@ -40,17 +37,19 @@ class Seen(NamedTuple):
 
     name: what it is, and of which layer. largest: its largest magnitude.
     known: from which delayed scaling made its scale; 0 where nothing was known.
+    limit: from which on it counts as an overflow.
     dtype: in which products take it; None for what is no operand of one.
     """
 
     name: str
     largest: float
     known: float = 0.0
+    limit: float = np.inf
     dtype: DTypeLike | None = None
 
     @property
     def is_wrong(self) -> bool:
-        return not np.isfinite(self.largest) or bool(self.known and self.largest > OVERFLOW * self.known)
+        return not np.isfinite(self.largest) or self.largest > self.limit
 
 
 def first_wrong(
@@ -81,10 +80,9 @@ def first_wrong(
         return [_by_layer(state.params), _by_layer(state.frozen)], products, grads
 
     weights, products, gradients = jax.device_get(jax.jit(magnitudes)(state, histories, batch))
-    known = jax.tree.map(lambda h: np.asarray(h).max(-1), histories)
     order = [
         *(seen for part in weights for seen in _tensors(blueprint.config, "the weight", part)),
-        *_operands(blueprint, products, known),
+        *_operands(blueprint, products, jax.device_get(histories)),
         *_tensors(blueprint.config, "the gradient of", gradients),
     ]
     found = next((each for each in order if each.is_wrong), None)
@@ -123,28 +121,31 @@ def _tensors(config: ModelConfig, what: str, largest: dict[str, Any]) -> Iterato
             yield Seen(f"{what} {part}{'' if layer is None else f' of layer {layer}'}", float(value))
 
 
-def _operands(blueprint: Blueprint, products: dict[str, Any], known: dict[str, Any]) -> Iterator[Seen]:
+def _operands(blueprint: Blueprint, products: dict[str, Any], histories: dict[str, Any]) -> Iterator[Seen]:
     """What goes into the products, in the order in which they are computed: forward, and then the gradients back."""
     found = []
-    limits = named(known)
+    before = named(histories)
     for name, values in named(products).items():
-        for group, (largest, limit) in enumerate(zip(*map(_rows, (values, limits[name])), strict=True)):
+        history = before[name].reshape(-1, 3, before[name].shape[-1])
+        for group, (largest, past) in enumerate(zip(values.reshape(-1, 3), history, strict=True)):
             layer, part = _place(blueprint.config, name, group)
             where, _, product = part.replace("products.histories.", "").rpartition(".")
             told = f"{where or 'the head'}'s product{f' {product!r} of layer {layer}' if where else ''}"
-            found.append(((np.inf if layer is None else layer, where, _PRODUCTS.index(product)), told, largest, limit))
+            found.append(((np.inf if layer is None else layer, where, _PRODUCTS.index(product)), told, largest, past))
     found.sort(key=lambda each: each[0])
     recipe = blueprint.precision.recipe
     forward, backward = (None, None) if recipe is None else (recipe.forward_dtype, recipe.gradient_dtype)
-    for _, told, largest, limit in found:
-        yield Seen(f"the activation that goes into {told}", float(largest[X]), float(limit[X]), forward)
-        yield Seen(f"the weight in {told}", float(largest[W]), float(limit[W]), forward)
-    for _, told, largest, limit in reversed(found):
-        yield Seen(f"the gradient that comes back to {told}", float(largest[DY]), float(limit[DY]), backward)
 
+    def seen(name: str, which: int, largest: np.ndarray, past: np.ndarray, dtype: DTypeLike | None) -> Seen:
+        known = float(past[which].max())
+        limit = OVERFLOW * known if past[which, -1] > 0 else np.inf
+        return Seen(name, float(largest[which]), known, limit, dtype)
 
-def _rows(values: np.ndarray) -> np.ndarray:
-    return np.reshape(values, (-1, 3))
+    for _, told, *given in found:
+        yield seen(f"the activation that goes into {told}", X, *given, forward)
+        yield seen(f"the weight in {told}", W, *given, forward)
+    for _, told, *given in reversed(found):
+        yield seen(f"the gradient that comes back to {told}", DY, *given, backward)
 
 
 def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]:

@@ -9,6 +9,10 @@ from moe.model.config import ConfigError
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 
+OVERFLOW = 16.0
+"""Times the largest magnitude of all steps that delayed scaling looks back on. Up to there values are cut off, as
+Transformer Engine does it; beyond, training stops."""
+
 
 def check_products(precision: Precision, execution: Execution, stages: int) -> None:
     """
@@ -28,12 +32,11 @@ def check_products(precision: Precision, execution: Execution, stages: int) -> N
 
 
 def growth(before: Any, after: Any) -> jax.Array:
-    """f32[]: the most by which the largest magnitude of a step exceeds all that its scale was made from; 0 where
-    nothing was."""
+    """f32[]: the most by which the largest magnitude of a step exceeds all of a full history; 0 where none is full. In
+    the first steps scales are still being found: what is cut off in one product is too small for the next."""
 
     def of_product(before: jax.Array, after: jax.Array) -> jax.Array:
-        known = before.max(-1)
-        return jnp.where(known > 0, after[..., 0] / known, 0).max()
+        return jnp.where(before[..., -1] > 0, after[..., 0] / before.max(-1), 0).max()
 
     found = jax.tree.leaves(jax.tree.map(of_product, before, after))
     return jnp.stack(found).max() if found else jnp.zeros(())

@@ -17,7 +17,8 @@ from moe.model.config import ConfigError, require_positive
 from moe.model.count import train_flops_per_token
 from moe.train.checkpoint import CheckpointError, CheckpointStore
 from moe.train.data import Data
-from moe.train.diagnosis import OVERFLOW, first_wrong
+from moe.train.diagnosis import first_wrong
+from moe.train.histories import OVERFLOW
 from moe.train.metrics import MetricsWriter, Record, record_of
 from moe.train.progress import TrainingProgress
 from moe.train.run_folder import RunFolder

@@ -48,7 +48,7 @@ class StepMetrics(NamedTuple):
     loss: mean next-token cross-entropy, nats.
     aux_loss, z_loss: mean over MoE layers, before their weights.
     grad_norm: global norm before clipping.
-    growth: the most by which a largest magnitude exceeds those of the steps from which delayed scaling has its scale.
+    growth: by how much a product's operand exceeds what delayed scaling was made for (moe/train/histories.py).
     tokens: i32[], predicted tokens.
     layers: None where the model has no MoE layer.
     """

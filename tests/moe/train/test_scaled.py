@@ -17,7 +17,7 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.train.checkpoint import named
 from moe.train.data import Batch
-from moe.train.histories import check_products
+from moe.train.histories import check_products, growth
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step, place_batch
@@ -164,6 +164,13 @@ def test_histories_take_the_largest_of_microbatches_and_chunks():
         assert (history[..., 0] > 0).all()
         # What was known of the head's gradients before the first step.
         assert history[..., 1:].sum() == (1 if name == "products.histories.head" else 0)
+
+
+def test_growth_counts_where_a_history_is_full():
+    before = {"new": jnp.array([[[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]]]), "full": jnp.array([[2.0, 4], [1, 1], [0, 3]])}
+    after = {"new": jnp.full((1, 3, 2), 900.0), "full": jnp.array([[10.0, 2], [3, 1], [5, 0]])}
+    assert float(growth(before, after)) == 3
+    assert float(growth({}, {})) == 0
 
 
 @pytest.mark.slow
