@@ -99,6 +99,8 @@ def compile_job(
         TargetError: neither this environment nor .venv-plan has the CUDA plugin.
         CompileError: XLA, or our own checks, refuse the program.
     """
+    if job.kind == "train" and job.precision.matmuls == "fp8" and not chip.fp8:
+        raise CompileError(f"precision.matmuls='fp8' on {chip.device}, which has no fp8: take 'int8', or none")
     flags = [f"--{flag.name}={flag.value}" for flag in xla_flags(cluster)]
     request = json.dumps(
         {

@@ -57,6 +57,8 @@ def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
     names = ("parameters", "compute", "gradients", "exchange")
     # Flash attention takes 16-bit inputs only.
     settings = _formats("float32", names) | {"execution.attention": "chunked"}
+    if job.precision.matmuls is not None:
+        settings |= _WIDE_PRODUCTS
     # Float32 parameters lose nothing that these would keep.
     if job.optimizer.master_weights:
         settings["optimizer.master_weights"] = False
@@ -67,6 +69,26 @@ def _bfloat16(job: Job, cluster: Cluster, active: int) -> Variant | None:
 
 def _formats(format: str, names: tuple[str, ...]) -> dict[str, Any]:
     return {f"precision.{name}": format for name in names}
+
+
+_WIDE_PRODUCTS: dict[str, Any] = {"precision.matmuls": None, "precision.scaling": "tensor"}
+
+
+def _products(job: Job, cluster: Cluster, active: int) -> Variant | None:
+    if job.kind != "train" or job.precision.quantized:
+        return None
+    if job.precision.matmuls is not None:
+        return Variant("8-bit products", "off", f"products in {job.precision.compute}", _WIDE_PRODUCTS)
+    settings = {"precision.matmuls": "fp8", "precision.scaling": "row"}
+    return Variant("8-bit products", "on", "products in fp8, scaled by rows", settings)
+
+
+def _wire(job: Job, cluster: Cluster, active: int) -> Variant | None:
+    if not job.model.has_moe or math.prod(job.mesh.sizes[axis] for axis in job.layout.experts) == 1:
+        return None
+    if job.precision.exchange in ("fp8", "int8"):
+        return Variant("8-bit exchange", "off", "rows in bfloat16", {"precision.exchange": "bfloat16"})
+    return Variant("8-bit exchange", "on", "rows in fp8", {"precision.exchange": "fp8"})
 
 
 def _quantization(job: Job, cluster: Cluster, active: int) -> Variant | None:
@@ -207,6 +229,8 @@ Lever = Callable[[Job, Cluster, int], Variant | None]
 LEVERS: tuple[Lever, ...] = (
     _experts,
     _bfloat16,
+    _products,
+    _wire,
     _quantization,
     _sharded_parameters,
     _zero,

@@ -23,9 +23,10 @@ def test_one_row_a_lever_and_chip(capsys, tmp_path):
     values = json.loads(files[0].read_text("utf-8"))
     assert list(values["chips"]) == ["h20", "h100"]
     rows = {row["lever"]: row for row in values["chips"]["h20"]}
-    assert len(rows) == 14
+    assert len(rows) == 16
     assert rows[""]["cost"] == 1
-    assert all(row["refusal"] == "" for row in rows.values())
+    assert "is not estimated" in rows["8-bit products"]["refusal"]
+    assert all(row["refusal"] == "" for lever, row in rows.items() if lever != "8-bit products")
     assert rows["bfloat16"]["cost"] > 1
     assert rows["recomputation"]["executed_flops"] > rows[""]["executed_flops"]
     assert rows["GQA"]["parameters"] > rows[""]["parameters"]

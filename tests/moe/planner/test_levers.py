@@ -31,6 +31,8 @@ def test_the_report_s_recipe_has_these_levers():
         "GPUDirect RDMA",
     ]  # fmt: skip
     on = [
+        "8-bit products",
+        "8-bit exchange",
         "tensor parallelism",
         "context parallelism",
         "pipeline",
@@ -80,6 +82,15 @@ def test_eight_bit_states_are_turned_off_and_float32_ones_on():
     assert (small.turned, small.settings) == ("off", {"optimizer.states": "float32"})
     assert "8-bit optimizer" not in turned(replace(LARGE_JOB, optimizer=OptimizerConfig(kind="adafactor")))
     assert "8-bit optimizer" not in turned(replace(TINY_JOB, kind="decode"))
+
+
+def test_what_is_computed_and_sent_in_8_bits_is_widened():
+    small = turned(replace(LARGE_JOB, precision=Precision(matmuls="fp8", scaling="row", exchange="fp8")))
+    assert small["8-bit products"].settings == {"precision.matmuls": None, "precision.scaling": "tensor"}
+    assert small["8-bit exchange"].settings == {"precision.exchange": "bfloat16"}
+    assert small["bfloat16"].settings["precision.matmuls"] is None
+    # Experts on one device send no rows.
+    assert "8-bit exchange" not in turned(replace(LARGE_JOB, mesh=MeshConfig(data=512)))
 
 
 def test_float32_parameters_need_neither_copies_nor_compensation():
