@@ -1,6 +1,7 @@
 """The first tensor that goes wrong, where one is made to."""
 
 import jax.numpy as jnp
+import pytest
 
 from moe.model.precision import Precision
 from moe.train.diagnosis import first_wrong
@@ -18,10 +19,12 @@ def block_of(tree, layer):
     return tree["stacks"][layer]["blocks"][0]
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong():
     assert told(Precision(matmuls="fp8"), lambda params, histories: None) is None
 
 
+@pytest.mark.slow
 def test_a_weight_by_layer():
     def change(params, histories):
         w = block_of(params, 1)["attention"]["w_q_DNH"]
@@ -48,6 +51,7 @@ def test_an_activation_by_layer_and_product_and_its_scale():
     assert sentence.endswith("scale nan (int8, tensor)")
 
 
+@pytest.mark.slow
 def test_an_overflow_under_delayed_scaling():
     def change(params, histories):
         known = block_of(histories, 1)["feed_forward"]["experts"]["products"]["histories"]

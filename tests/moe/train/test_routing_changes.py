@@ -29,6 +29,7 @@ def changed():
     return [np.asarray(share) for share in by(state.params)]
 
 
+@pytest.mark.slow
 def test_a_coarser_format_changes_more(changed):
     none, by_bf16, by_fp8 = changed
     # Of the two layers one has experts.
