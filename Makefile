@@ -55,6 +55,7 @@ bench: $(VENV)/installed ## measure: ratios against named rivals, with their spr
 	$(RUN) -m benchmarks.serving
 	$(RUN) -m benchmarks.checkpoint_memory
 	$(RUN) -m benchmarks.parity
+	$(RUN) -m benchmarks.bytes_per_parameter
 
 clean: ## remove caches, and nothing that a run wrote
 	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
-from moe.ops.quantize import EIGHT_BITS, EightBits, dequantize_rows, quantize_rows
+from moe.ops.quantize import EIGHT_BITS, dequantize_rows, quantize_rows
+from parallel.blocks import EightBit
 from parallel.layout import SINGLE_DEVICE, Layout
 
 
@@ -100,7 +101,7 @@ def empty_cache(
     num_slots: int,
     dtype: DTypeLike,
     layout: Layout = SINGLE_DEVICE,
-    format: EightBits | None = None,
+    format: EightBit | None = None,
 ) -> KVCache:
     """A cache of zeros.
 

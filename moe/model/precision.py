@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ConfigError
-from moe.ops.quantize import EightBits, Quantized
-from moe.ops.scaled import Format as Scaled
+from moe.ops.quantize import Quantized
 from moe.ops.scaled import Recipe, Scaling
 from parallel.blocks import EIGHT_BIT, EightBit
 from parallel.exchange.wire import WIRE_FORMATS, WireFormat
@@ -64,9 +63,9 @@ class Precision:
     exchange: WireFormat = "bfloat16"
     gathered: EightBit | None = None
     frozen: Format | Quantized | None = None
-    activations: EightBits | None = None
-    cache: EightBits | None = None
-    matmuls: Scaled | None = None
+    activations: EightBit | None = None
+    cache: EightBit | None = None
+    matmuls: EightBit | None = None
     scaling: Scaling = "tensor"
 
     def __post_init__(self) -> None:
@@ -76,23 +75,18 @@ class Precision:
                 raise ConfigError(f"precision.{name}={value!r}: give 'float32' or 'bfloat16'")
         if self.exchange not in WIRE_FORMATS:
             raise ConfigError(f"precision.exchange={self.exchange!r}: give one of {', '.join(WIRE_FORMATS)}")
-        if self.gathered not in (None, *EIGHT_BIT):
-            raise ConfigError(f"precision.gathered={self.gathered!r}: give one of {', '.join(EIGHT_BIT)}, or none")
+        for name in ("gathered", "activations", "cache", "matmuls"):
+            value = getattr(self, name)
+            if value not in (None, *EIGHT_BIT):
+                raise ConfigError(f"precision.{name}={value!r}: give one of {', '.join(EIGHT_BIT)}, or none")
         known = (*get_args(Format), *get_args(Quantized))
         if self.frozen is not None and self.frozen not in known:
             raise ConfigError(f"precision.frozen={self.frozen!r}: give one of {', '.join(known)}, or none")
-        if self.activations is not None and (
-            self.activations not in get_args(EightBits) or self.activations != self.frozen
-        ):
+        if self.activations not in (None, self.frozen):
             raise ConfigError(
                 f"precision.activations={self.activations!r} with precision.frozen={self.frozen!r}: give both "
                 "as 'int8' or 'fp8', or activations=none"
             )
-        if self.cache is not None and self.cache not in get_args(EightBits):
-            told = ", ".join(get_args(EightBits))
-            raise ConfigError(f"precision.cache={self.cache!r}: give one of {told}, or none for the compute format")
-        if self.matmuls is not None and self.matmuls not in get_args(Scaled):
-            raise ConfigError(f"precision.matmuls={self.matmuls!r}: give one of {', '.join(get_args(Scaled))}, or none")
         if self.scaling not in get_args(Scaling):
             raise ConfigError(f"precision.scaling={self.scaling!r}: give one of {', '.join(get_args(Scaling))}")
         if self.scaling != "tensor" and self.matmuls is None:

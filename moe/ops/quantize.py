@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from parallel.blocks import EightBit
+
 Quantized = Literal["int8", "fp8", "int4", "nf4"]
-EightBits = Literal["int8", "fp8"]
-"""Formats of single values, without groups: also for keys and values, and for the rows of a product."""
 
 
 class Number(NamedTuple):
@@ -32,10 +32,11 @@ class Number(NamedTuple):
     largest: float
 
 
-EIGHT_BITS: dict[EightBits, Number] = {
+EIGHT_BITS: dict[EightBit, Number] = {
     "int8": Number(jnp.dtype(jnp.int8), 127.0),
     "fp8": Number(jnp.dtype(jnp.float8_e4m3fn), 448.0),
 }
+"""Single values, without groups: also for keys and values, and for the rows of a product."""
 
 GROUPS: dict[str, int] = {"int4": 128, "nf4": 64}
 """Inputs that share a scale, at most."""
@@ -133,7 +134,7 @@ def dequantize(w: QuantizedWeight, dtype: DTypeLike) -> jax.Array:
     return (wide * scales).astype(dtype)
 
 
-def quantize_rows(x: jax.Array, format: EightBits, scales: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(x: jax.Array, format: EightBit, scales: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array]:
     """Each row, along the last axis, with the scale of its largest magnitude.
 
     Args:
@@ -155,7 +156,7 @@ def dequantize_rows(values: jax.Array, scales: jax.Array, dtype: DTypeLike) -> j
     return (values.astype(jnp.float32) * scales[..., None].astype(jnp.float32)).astype(dtype)
 
 
-def _nearest(scaled: jax.Array, format: EightBits) -> jax.Array:
+def _nearest(scaled: jax.Array, format: EightBit) -> jax.Array:
     """The nearest values. A rounded scale may leave the largest a little above what the format holds."""
     dtype, largest = EIGHT_BITS[format]
     return jnp.clip(jnp.round(scaled) if format == "int8" else scaled, -largest, largest).astype(dtype)

@@ -15,7 +15,6 @@ from jax.typing import DTypeLike
 from moe.model.cache import empty_cache, placed_cache
 from moe.model.parameter import ParameterSpec
 from moe.model.transformer import layer_groups
-from moe.ops.quantize import EightBits
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
 from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
@@ -23,6 +22,7 @@ from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Memory, Part
 from moe.train.pipelined import check_stages
+from parallel.blocks import EightBit
 from parallel.layout import Layout, LayoutError
 from parallel.pipeline import Schedule
 
@@ -130,7 +130,7 @@ class _Estimate:
         groups = sum(count for _, count in self.layers.groups())
         return self._cache_bytes(None) // groups if self.job.precision.cache else 0
 
-    def _cache_bytes(self, format: EightBits | None) -> int:
+    def _cache_bytes(self, format: EightBit | None) -> int:
         job, where = self.job, self.layout.activation
         make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, job.precision.compute_dtype)
         cache = jax.eval_shape(partial(make, format=format))

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any, get_args
 
-from moe.ops.quantize import EightBits, Quantized
+from moe.ops.quantize import Quantized
+from parallel.blocks import EIGHT_BIT
 
 
 def add_formats(parser: argparse.ArgumentParser) -> None:
@@ -12,11 +13,11 @@ def add_formats(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=get_args(Quantized), help="quantize the matrices as they are read; by default as stored"
     )
     parser.add_argument(
-        "--activations", choices=get_args(EightBits),
+        "--activations", choices=EIGHT_BIT,
         help="multiply prompts with the weights in 8 bits; by default these are widened. As --weights",
     )  # fmt: skip
     parser.add_argument(
-        "--cache", choices=get_args(EightBits), help="keep keys and values in 8 bits; by default as they are computed"
+        "--cache", choices=EIGHT_BIT, help="keep keys and values in 8 bits; by default as they are computed"
     )
 
 

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 
 from moe.model.config import ConfigError
 from moe.model.precision import Format, Precision
-from moe.ops.quantize import EightBits, Quantized
+from moe.ops.quantize import Quantized
 from moe.serve.chat import chat_tokens
 from moe.serve.engine import Engine, Weights
 from moe.serve.sampling import Sampling
 from moe.serve.text_stream import TextStream
 from moe.serve.vocabulary import Vocabulary, open_vocabulary
 from moe.train.pretrained import open_pretrained
+from parallel.blocks import EightBit
 from parallel.layout import SINGLE_DEVICE, Layout
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -61,8 +62,8 @@ class HunyuanMoE:
         mesh: MeshConfig | Mesh | None = None,
         compute: Format | None = None,
         weights: Quantized | None = None,
-        activations: EightBits | None = None,
-        cache: EightBits | None = None,
+        activations: EightBit | None = None,
+        cache: EightBit | None = None,
         adapters: Path | str | None = None,
         max_length: int | None = None,
     ) -> "HunyuanMoE":

@@ -7,7 +7,6 @@ from moe.ops.scaled.frozen import frozen_grouped_matmul as frozen_grouped_matmul
 from moe.ops.scaled.grouped import scaled_grouped_matmul as scaled_grouped_matmul
 from moe.ops.scaled.history import HISTORY_LENGTH as HISTORY_LENGTH
 from moe.ops.scaled.history import new_history as new_history
-from moe.ops.scaled.recipe import Format as Format
 from moe.ops.scaled.recipe import Recipe as Recipe
 from moe.ops.scaled.recipe import Scaling as Scaling
 from moe.ops.scaled.recipe import Split as Split

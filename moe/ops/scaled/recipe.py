@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.scaled.quantize import ALL, BLOCK, EACH
+from parallel.blocks import EightBit
 
-Format = Literal["fp8", "int8"]
 Scaling = Literal["tensor", "delayed", "row", "block"]
 Split = tuple[tuple[str, tuple[str, ...]], ...]
 """Inside `jax.shard_map`: (axis of an array, mesh axes that split it), for each axis that is split."""
@@ -34,11 +34,11 @@ class Recipe:
         ValueError: a name that is none of these.
     """
 
-    format: Format
+    format: EightBit
     scaling: Scaling
 
     def __post_init__(self) -> None:
-        for name, choices in (("format", Format), ("scaling", Scaling)):
+        for name, choices in (("format", EightBit), ("scaling", Scaling)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(get_args(choices))}")
 
