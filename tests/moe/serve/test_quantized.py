@@ -90,7 +90,7 @@ def test_the_command_takes_the_format(checkpoint, capsys):
 def test_a_format_that_is_none(checkpoint):
     with pytest.raises(ConfigError, match="precision.frozen='int3': give one of float32, bfloat16, int8, fp8, int4"):
         HunyuanMoE.from_hf(checkpoint, weights="int3")
-    with pytest.raises(ConfigError, match="precision.cache='int4': give one of int8, fp8, or none"):
+    with pytest.raises(ConfigError, match="precision.cache='int4': give one of fp8, int8, or none"):
         HunyuanMoE.from_hf(checkpoint, cache="int4")
 
 

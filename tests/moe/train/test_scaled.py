@@ -130,7 +130,7 @@ MESHES = [MeshConfig(data=2, expert=4), MeshConfig(data=2, tensor=4)]
 @pytest.mark.parametrize("scaling", ["tensor", "row", "delayed"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, scaling):
-    """int8, whose scales follow the largest magnitude closely: 1e-5, where a device's own scales are 1e-3 away."""
+    """int8, whose scales follow the largest magnitude closely, to 1e-5."""
     precision = dataclasses.replace(FULL, matmuls="int8", scaling=scaling)
     loss, gradients, histories = one_step(precision, mesh)
     expected_loss, expected, expected_histories = on_one_device(scaling)
