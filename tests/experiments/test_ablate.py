@@ -19,7 +19,7 @@ def test_one_row_a_lever_and_chip(capsys, tmp_path):
     assert main([TINY, "--chip", "h20,h100", "--estimate", *arguments]) == 0
     told = capsys.readouterr()
     assert "Estimated, not compiled" in told.out
-    assert "h20: 1 of 13, mixture of experts off" in told.err
+    assert "h20: 1 of 15, mixture of experts off" in told.err
     values = json.loads(files[0].read_text("utf-8"))
     assert list(values["chips"]) == ["h20", "h100"]
     rows = {row["lever"]: row for row in values["chips"]["h20"]}

@@ -15,7 +15,7 @@ HISTORY_LENGTH = 16
 """Steps that are remembered."""
 
 X, W, DY = 0, 1, 2
-_PRESUMED = jnp.array([16.0, 1.0, 2.0**-10])
+_PRESUMED = (16.0, 1.0, 2.0**-10)
 """Largest magnitudes before anything has been seen; for one step, after which each is known."""
 
 

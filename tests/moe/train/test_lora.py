@@ -164,8 +164,9 @@ def test_given_weights_become_the_base_and_leave_the_model_as_it_was():
 
 def test_a_quantized_base_takes_its_bits():
     state = blueprint_of(MeshConfig(data=2, expert=4), frozen="int4").abstract_state()
-    layer = state.frozen["stacks"][0]["blocks"][0]
-    assert layer["feed_forward"]["experts"]["w_gate_EDF"].values.dtype == jnp.uint8
+    blocks = state.frozen["stacks"][0]["blocks"]
+    layer, mixture = blocks[0], blocks[1]
+    assert mixture["feed_forward"]["experts"]["w_gate_EDF"].values.dtype == jnp.uint8
     assert layer["attention"]["w_q_DNH"].values.shape == (1, 8, 2, 8)
     assert layer["attention_norm_D"].dtype == state.frozen["embedding_VD"].dtype == jnp.float32
 

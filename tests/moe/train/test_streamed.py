@@ -80,15 +80,15 @@ def test_every_optimizer_that_goes_layer_by_layer_takes_the_ordinary_step(settin
 def test_gradients_of_the_stacks_land_on_the_host():
     blueprint = blueprint_of(ON_HOST)
 
-    def objective(params, landing, factor):
+    def objective(params, histories, landing, factor):
         model = blueprint.model(params, {}, {})
         output = model(batch_of().tokens_BT, layout=blueprint.layout, landing=landing)
         return factor * output.hidden_BTD.sum(), None
 
     params = blueprint.abstract_state().params
-    jaxpr, shape = jax.make_jaxpr(lambda p: landed_gradients(blueprint, objective, p, (2.0,))[0], return_shape=True)(
-        params
-    )
+    jaxpr, (shape, _) = jax.make_jaxpr(
+        lambda p: landed_gradients(blueprint, objective, p, {}, (2.0,))[0], return_shape=True
+    )(params)
     assert jax.tree.structure(shape) == jax.tree.structure(params)
     places = jax.tree.unflatten(jax.tree.structure(shape), [aval.memory_space for aval in jaxpr.out_avals])
     assert set(jax.tree.leaves(places["stacks"])) == {jax.memory.Space.Host}

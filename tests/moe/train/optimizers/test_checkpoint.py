@@ -32,7 +32,7 @@ def test_a_resumed_run_takes_the_same_step(tmp_path, settings, dtype):
 
     params = values(0, dtype)
     after = step(params, optimizer.init(params), values(1))
-    state = TrainState(jnp.int32(1), after[0], {}, after[1], {})
+    state = TrainState(jnp.int32(1), after[0], {}, after[1], {}, {})
     store = CheckpointStore(tmp_path, fingerprint="f", keep=1)
     store.save(1, state, {})
     store.wait()
