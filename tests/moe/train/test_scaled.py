@@ -187,7 +187,7 @@ def test_a_resumed_run_with_delayed_scaling_ends_in_the_same_bits(tmp_path):
 @pytest.mark.parametrize("matmuls", ["fp8", "int8"])
 @pytest.mark.parametrize("scaling", ["tensor", "delayed", "row", "block"])
 def test_training_in_8_bits_keeps_close_to_bf16(matmuls, scaling):
-    """After twenty steps on one batch, in which the loss falls by about one nat: within 0.02 of it."""
+    """After twenty steps on one batch, in which the loss falls by about one nat: within 0.05 of it."""
 
     def loss_after(precision: Precision) -> float:
         blueprint = blueprint_of(precision)
@@ -198,7 +198,7 @@ def test_training_in_8_bits_keeps_close_to_bf16(matmuls, scaling):
         return float(metrics.loss)
 
     wide, narrow = loss_after(Precision()), loss_after(Precision(matmuls=matmuls, scaling=scaling))
-    assert abs(narrow - wide) < 0.02
+    assert abs(narrow - wide) < 0.05
 
 
 @pytest.mark.parametrize(
