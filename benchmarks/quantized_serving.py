@@ -10,7 +10,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.serving import seconds_of, spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.folder import copy_tokenizer
@@ -33,6 +33,7 @@ from moe.serve.engine import Engine
 from moe.serve.quantize import report, write
 from moe.serve.sampling import Sampling
 from moe.train.data import Batch, Data, DataConfig, open_data
+from moe.train.objective import summed_loss
 from moe.train.pretrained import open_pretrained
 from moe.train.routing_changes import changed_share, watched
 from moe.train.trained import ArraySource
@@ -122,9 +123,7 @@ def _judged(graph: Any, params: Any, balance: Any, batch: Batch) -> tuple[jax.Ar
     precision, (B, T) = model.precision, batch.tokens_BT.shape
     cache = empty_cache(model.config, B, T, precision.compute_dtype, format=precision.cache)
     hidden_BTD, chosen = watched(model, batch, cache)
-    log_probs_BTV = jax.nn.log_softmax(model.logits(hidden_BTD))
-    losses_BT = -jnp.take_along_axis(log_probs_BTV, batch.targets_BT[..., None], -1)[..., 0]
-    return (losses_BT * batch.weights_BT).sum(), chosen
+    return summed_loss(model, hidden_BTD, batch, T, SINGLE_DEVICE), chosen
 
 
 def judged(model: HunyuanMoE, batches: list[Batch]) -> tuple[float, list[list[jax.Array]]]:
@@ -139,12 +138,6 @@ def changed(ours: list[list[jax.Array]], theirs: list[list[jax.Array]], num_expe
     """Mean share of `theirs` that are not among `ours`."""
     pairs = [pair for one, other in zip(theirs, ours, strict=True) for pair in zip(one, other, strict=True)]
     return statistics.fmean(float(changed_share(*pair, num_experts)) for pair in pairs)
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 class Speed:
@@ -205,14 +198,10 @@ def table_of(found: list[Found]) -> Table:
     for each in found:
         worse = math.exp(each.loss - found[0].loss) - 1
         table.add_row(
-            each.name, f"{each.weight_bytes / 1e6:.2f}", str(each.cache_bytes), spread(each.decode),
-            spread(each.prefill), f"{math.exp(each.loss):.3f}", f"{worse:+.2%}", f"{each.changed:.2%}",
+            each.name, f"{each.weight_bytes / 1e6:.2f}", str(each.cache_bytes), spread(each.decode, 2),
+            spread(each.prefill, 2), f"{math.exp(each.loss):.3f}", f"{worse:+.2%}", f"{each.changed:.2%}",
         )  # fmt: skip
     return table
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:

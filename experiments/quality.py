@@ -37,6 +37,7 @@ from moe.train.data import DataConfig
 from moe.train.loop import TrainingConfig
 from moe.train.optimizer import OptimizerConfig
 from moe.train.run_folder import write_atomically
+from parallel.blocks import EIGHT_BIT
 from parallel.layout import LayoutError
 from parallel.network.cluster import Cluster
 
@@ -68,7 +69,6 @@ BF16: Settings = {"precision.compute": "bfloat16", "precision.exchange": "bfloat
 STORED: Settings = BF16 | {"precision.parameters": "bfloat16"}
 EXPERTS_OF_4: Settings = BF16 | {"mesh.expert": 4}
 SHARDS_OF_4: Settings = BF16 | {"mesh.data": 4}
-IN_8_BITS = ("fp8", "int8")
 
 
 def _products(format: str, scaling: str) -> Settings:
@@ -87,13 +87,13 @@ MODES: dict[str, Settings] = {
     "bfloat16 parameters master weights": STORED | {"optimizer.master_weights": True},
     **{
         f"{format} products by {scaling}": _products(format, scaling)
-        for format in IN_8_BITS
+        for format in EIGHT_BIT
         for scaling in ("tensor", "delayed", "row", "block")
     },
     "bfloat16 exchange": EXPERTS_OF_4,
-    **{f"{format} exchange": EXPERTS_OF_4 | {"precision.exchange": format} for format in IN_8_BITS},
-    **{f"{format} gathered weights": SHARDS_OF_4 | {"precision.gathered": format} for format in IN_8_BITS},
-    **{f"AdamW states {format}": BF16 | {"optimizer.states": format} for format in ("bfloat16", *IN_8_BITS)},
+    **{f"{format} exchange": EXPERTS_OF_4 | {"precision.exchange": format} for format in EIGHT_BIT},
+    **{f"{format} gathered weights": SHARDS_OF_4 | {"precision.gathered": format} for format in EIGHT_BIT},
+    **{f"AdamW states {format}": BF16 | {"optimizer.states": format} for format in ("bfloat16", *EIGHT_BIT)},
     "Adafactor": BF16 | {"optimizer.kind": "adafactor"},
     "Muon": BF16 | {"optimizer.kind": "muon"},
     "fp8 kept activations": BF16 | {"execution.remat": "matmuls_fp8"},

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -20,7 +20,7 @@ from moe.train.data import open_data
 from moe.train.routing_changes import changed_choices
 from moe.train.run_folder import write_atomically
 from moe.train.state import TrainState
-from parallel.blocks import EightBit
+from parallel.blocks import EIGHT_BIT
 from parallel.distributed import detect, initialize
 
 
@@ -68,7 +68,7 @@ def share_changed(experiment: Experiment, state: TrainState) -> float | None:
     but 0, since it takes as long as a part of the training.
     """
     precision = experiment.precision
-    if experiment.training.seed or precision.gathered or precision.exchange in get_args(EightBit):
+    if experiment.training.seed or precision.gathered or precision.exchange in EIGHT_BIT:
         return None
     data = open_data(experiment.data, vocab_size=experiment.model.vocab_size, seed=0)
     compare = partial(changed_choices, experiment.model, before=FULL, after=precision)

@@ -55,6 +55,12 @@ def element_of(format: EightBit, *, gradient: bool = False) -> Element:
     return "float8_e5m2" if gradient else "float8_e4m3fn"
 
 
+def magnitude(x: Array) -> Array:
+    """|x|, infinity where it is no number: XLA's maximum on CPU may lose a nan (xla_cpu_enable_fast_min_max), but no
+    infinity."""
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+
+
 def num_blocks(size: int, block: int = BLOCK) -> int:
     """Of an axis; the last may be short."""
     return -(-size // block)
@@ -73,7 +79,7 @@ def to_blocks(x: Array, element: Element, axis: int, block: int = BLOCK) -> Bloc
         axis: along which `block` neighbours share a factor; not negative.
     """
     cut = _cut(x.astype(jnp.float32), axis, block)
-    exponents = _exponents(jnp.abs(cut).max(axis + 1) / _LARGEST[element])
+    exponents = _exponents(magnitude(cut).max(axis + 1) / _LARGEST[element])
     scaled = cut / jnp.expand_dims(_factors(exponents), axis + 1)
     if element == "int8":
         scaled = jnp.round(scaled)

@@ -1,6 +1,6 @@
 """What the model is: sizes, attention, routing. How it is computed lives in `precision.py` and `execution.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -187,6 +187,12 @@ class ModelConfig:
     @property
     def has_moe(self) -> bool:
         return self.num_experts > 0 and self.num_dense_layers < self.num_layers
+
+    @property
+    def dropless(self) -> "ModelConfig":
+        """The same, but that each token goes to the experts that it chose, whatever capacity the model trains with."""
+        router = replace(self.router, capacity_factor=None, overflow="drop")
+        return replace(self, router=router if self.has_moe else RouterConfig())
 
     @property
     def has_dense(self) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe.model.config import ConfigError
 from moe.model.products import SCALED_PRODUCT
+from moe.ops.quantize import dequantize_rows, quantize_rows
 from parallel.layout import HOST_MEMORY
 
 
@@ -87,14 +88,8 @@ class _InFp8(NamedTuple):
 
 def _to_fp8(x: jax.Array) -> Any:
     """bfloat16 scaled so that the largest of each vector becomes e4m3's largest; anything else as it is."""
-    if x.dtype != jnp.bfloat16 or x.ndim == 0:
-        return x
-    largest = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32)
-    scales = jnp.where(largest == 0, 1, largest / float(jnp.finfo(jnp.float8_e4m3fn).max))
-    return _InFp8((x.astype(jnp.float32) / scales).astype(jnp.float8_e4m3fn), scales)
+    return _InFp8(*quantize_rows(x, "fp8")) if x.dtype == jnp.bfloat16 and x.ndim else x
 
 
 def _from_fp8(kept: Any) -> jax.Array:
-    if not isinstance(kept, _InFp8):
-        return kept
-    return (kept.values.astype(jnp.float32) * kept.scales).astype(jnp.bfloat16)
+    return dequantize_rows(*kept, jnp.bfloat16) if isinstance(kept, _InFp8) else kept

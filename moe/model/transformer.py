@@ -218,13 +218,11 @@ class GroupScan(NamedTuple):
         def group(carry, of_group):
             x_BTD, cache = carry
             (adapters, weights, others), landing, place = of_group
-            if landing is not None:
-                # Beside frozen weights gradients are the adapters'.
-                adapters, weights = (
-                    (land(adapters, landing, self.layout), weights)
-                    if adapters
-                    else (adapters, land(weights, landing, self.layout))
-                )
+            # Beside frozen weights gradients are the adapters'.
+            if landing is not None and adapters:
+                adapters = land(adapters, landing, self.layout)
+            elif landing is not None:
+                weights = land(weights, landing, self.layout)
             layer = self.first_layer + self.layers_per_group * place
             group_cache = None if cache is None else cache.group(self.first_group + place)
             output = nnx.merge(graph, adapters, weights, others)(

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from moe.ops.quantize import GROUPS, QuantizedWeight, group_size, packed
+from moe.ops.quantize import GROUPS, QuantizedWeight, group_scales, group_size, int4_codes, packed
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to it (§3, step 3: "Cholesky reformulation")."""
@@ -49,15 +49,14 @@ def gptq_int4(
         u_GI = jax.lax.dynamic_slice_in_dim(u_II, start, group)
         u_GG = jax.lax.dynamic_slice_in_dim(u_GI, start, group, axis=1)
         w_GO = jax.lax.dynamic_slice_in_dim(w_IO, start, group)
-        largest_O = jnp.abs(w_GO).max(0)
-        scale_O = jnp.where(largest_O == 0, 1.0, largest_O / 7.5).astype(jnp.bfloat16)
+        scale_O = group_scales(jnp.abs(w_GO).max(0), "int4")
         wide_O = scale_O.astype(jnp.float32)
 
         def one_input(w_GO: jax.Array, i: jax.Array):
-            rounded_O = jnp.clip(jnp.round(w_GO[i] / wide_O), -8, 7)
-            error_O = (w_GO[i] - rounded_O * wide_O) / u_GG[i, i]
+            codes_O = int4_codes(w_GO[i] / wide_O)
+            error_O = (w_GO[i] - (codes_O.astype(jnp.float32) - 8) * wide_O) / u_GG[i, i]
             later_G = jnp.where(jnp.arange(group) > i, u_GG[i], 0)
-            return w_GO - later_G[:, None] * error_O, ((rounded_O + 8).astype(jnp.uint8), error_O)
+            return w_GO - later_G[:, None] * error_O, (codes_O, error_O)
 
         _, (codes_GO, errors_GO) = jax.lax.scan(one_input, w_GO, jnp.arange(group))
         later_GI = jnp.where(jnp.arange(inputs) >= start + group, u_GI, 0)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from parallel.blocks import EightBit
+from parallel.blocks import EightBit, magnitude
 
 Quantized = Literal["int8", "fp8", "int4", "nf4"]
 
@@ -104,15 +104,24 @@ def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> Quanti
     if size % 2:
         raise ValueError(f"{format} packs pairs along an axis of {size} values: make it even, or take int8 or fp8")
     group = group_size(size, GROUPS[format])
-    largest = jnp.abs(_cut(w, axis, group)).max(w.ndim + axis + 1)
-    scales = jnp.where(largest == 0, 1.0, largest / (7.5 if format == "int4" else 1.0)).astype(jnp.bfloat16)
+    scales = group_scales(jnp.abs(_cut(w, axis, group)).max(w.ndim + axis + 1), format)
     scaled = w / jnp.repeat(scales.astype(jnp.float32), group, axis)
     if format == "int4":
-        codes = jnp.clip(jnp.round(scaled) + 8, 0, 15).astype(jnp.uint8)
+        codes = int4_codes(scaled)
     else:
         table = jnp.array(NF4, jnp.float32)
         codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(jnp.uint8)
     return packed(codes, scales, format, axis)
+
+
+def group_scales(largest: jax.Array, format: Quantized) -> jax.Array:
+    """bf16: of groups in "int4" or "nf4" whose largest magnitudes are these."""
+    return jnp.where(largest == 0, 1.0, largest / (7.5 if format == "int4" else 1.0)).astype(jnp.bfloat16)
+
+
+def int4_codes(scaled: jax.Array) -> jax.Array:
+    """u8, 0 … 15: the nearest of -8 … 7, plus 8."""
+    return jnp.clip(jnp.round(scaled) + 8, 0, 15).astype(jnp.uint8)
 
 
 def packed(codes: jax.Array, scales: jax.Array, format: Quantized, axis: int) -> QuantizedWeight:
@@ -144,9 +153,7 @@ def quantize_rows(x: jax.Array, format: EightBit, scales: DTypeLike = jnp.float3
         values of x's shape, and scales without its last axis. What is not finite in a row leaves its scale not finite.
     """
     x = x.astype(jnp.float32)
-    # XLA's maximum on CPU may lose a nan (xla_cpu_enable_fast_min_max), but no infinity.
-    largest = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(-1)
-    found = (largest / EIGHT_BITS[format].largest).astype(scales)
+    found = (magnitude(x).max(-1) / EIGHT_BITS[format].largest).astype(scales)
     found = jnp.where(found == 0, 1, found)
     return _nearest(x / found[..., None].astype(jnp.float32), format), found
 

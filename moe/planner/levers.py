@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from moe.planner.equal_loss import SOURCE, dense_twin
 from moe.planner.job import Job
+from parallel.blocks import EIGHT_BIT
 from parallel.layout import FSDP_AXES
 from parallel.mesh import MeshConfig
 from parallel.network.cluster import Cluster
@@ -86,7 +87,7 @@ def _products(job: Job, cluster: Cluster, active: int) -> Variant | None:
 def _wire(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if not job.model.has_moe or math.prod(job.mesh.sizes[axis] for axis in job.layout.experts) == 1:
         return None
-    if job.precision.exchange in ("fp8", "int8"):
+    if job.precision.exchange in EIGHT_BIT:
         return Variant("8-bit exchange", "off", "rows in bfloat16", {"precision.exchange": "bfloat16"})
     return Variant("8-bit exchange", "on", "rows in fp8", {"precision.exchange": "fp8"})
 
@@ -197,7 +198,7 @@ def _offload(job: Job, cluster: Cluster, active: int) -> Variant | None:
 def _small_states(job: Job, cluster: Cluster, active: int) -> Variant | None:
     if job.kind != "train" or job.optimizer.kind == "adafactor":
         return None
-    if job.optimizer.states in ("int8", "fp8"):
+    if job.optimizer.states in EIGHT_BIT:
         return Variant("8-bit optimizer", "off", "optimizer states in float32", {"optimizer.states": "float32"})
     return Variant("8-bit optimizer", "on", "optimizer states in int8", {"optimizer.states": "int8"})
 

@@ -27,7 +27,8 @@ from moe.model.precision import Precision
 from moe.model.transformer import Transformer, layer_groups
 from moe.ops.gptq import gptq_int4, output_error
 from moe.ops.norm import rms_norm
-from moe.ops.quantize import GROUPS, QuantizedWeight, dequantize
+from moe.ops.quantize import GROUPS, Quantized, QuantizedWeight, dequantize
+from moe.ops.swiglu import swiglu
 from parallel.layout import SINGLE_DEVICE
 
 FEWEST_TOKENS = GROUPS["int4"]
@@ -203,7 +204,7 @@ class _Hessian(NamedTuple):
 
 def _best(w: jax.Array, axes: str, hessian: _Hessian) -> tuple[QuantizedWeight, float | None]:
     """By GPTQ, or rounded to the nearest where there were too few tokens or it does not help."""
-    nearest = _nearest(w, axes)
+    nearest = rounded(w, axes, "int4")
     if hessian.tokens < FEWEST_TOKENS:
         return nearest, None
     calibrated = gptq_int4(w, hessian.sum_II, summed_of(axes))
@@ -213,9 +214,10 @@ def _best(w: jax.Array, axes: str, hessian: _Hessian) -> tuple[QuantizedWeight, 
     return (calibrated, ratio) if ratio < 1 else (nearest, None)
 
 
-@partial(jax.jit, static_argnums=1)
-def _nearest(w: jax.Array, axes: str) -> QuantizedWeight:
-    return quantized(w, axes, "int4")
+@partial(jax.jit, static_argnums=(1, 2))
+def rounded(w: Any, axes: str, format: Quantized) -> QuantizedWeight:
+    """To the nearest."""
+    return quantized(w, axes, format)
 
 
 @jax.jit
@@ -226,7 +228,7 @@ def _outer(x: jax.Array, mine_BT: jax.Array) -> jax.Array:
 
 @jax.jit
 def _hidden(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
-    return jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)
+    return swiglu(x_BTD @ gate_DF, x_BTD @ up_DF)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -4,7 +4,7 @@ A slot's tokens do not depend on what stands in the other slots: routing is drop
 and draws are seeded by the request.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe.model.cache import KVCache, empty_cache, placed_cache
-from moe.model.config import ModelConfig, RouterConfig
+from moe.model.config import ModelConfig
 from moe.model.execution import Execution
 from moe.model.parameter import SelectionBias, specs_of, stored
 from moe.model.precision import Precision
@@ -39,7 +39,7 @@ class Weights(NamedTuple):
 
     def graph(self) -> nnx.GraphDef:
         """Of the model as it serves."""
-        config = as_served(self.config)
+        config = self.config.dropless
         return nnx.graphdef(
             nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
@@ -59,12 +59,6 @@ class Weights(NamedTuple):
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
         return cls(config, precision, layout, params, balance, execution)
-
-
-def as_served(config: ModelConfig) -> ModelConfig:
-    """The model whose tokens each go to the experts that they chose, whatever capacity it trained with."""
-    router = replace(config.router, capacity_factor=None, overflow="drop")
-    return replace(config, router=router if config.has_moe else RouterConfig())
 
 
 class ContextError(ValueError):

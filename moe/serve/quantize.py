@@ -10,11 +10,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe.model.config import ConfigError
@@ -22,12 +20,10 @@ from moe.model.folder import copy_tokenizer
 from moe.model.hf.config import hunyuan_settings
 from moe.model.hf.names import HfTensor
 from moe.model.hf.quantized import FORMATS, in_layer_order, quantized_layers, write_quantized
-from moe.model.parameter import quantized
 from moe.model.precision import Format, Precision
 from moe.model.tensor_files import WeightsError
 from moe.ops.quantize import Quantized, QuantizedWeight
-from moe.serve.calibrate import PieceKey, Told, calibrate
-from moe.serve.engine import as_served
+from moe.serve.calibrate import PieceKey, Told, calibrate, rounded
 from moe.serve.vocabulary import open_vocabulary
 from moe.train.checkpoint import CheckpointError
 from moe.train.pretrained import Pretrained, open_pretrained
@@ -97,7 +93,7 @@ def write(
         tokens_BT = calibration_tokens(pretrained, texts, sequences, length)
         stored: Format = "float32" if pretrained.dtype == np.float32 else "bfloat16"
         precision = Precision(parameters=stored, compute=stored, exchange=stored)
-        calibrated = calibrate(source, as_served(config), tokens_BT, precision, told.append)
+        calibrated = calibrate(source, config.dropless, tokens_BT, precision, told.append)
     ready: dict[PieceKey, QuantizedWeight] = {}
 
     def content(tensor: HfTensor) -> Any:
@@ -106,7 +102,7 @@ def write(
         if tensor.name not in layers:
             return source.read(piece)
         if not texts:
-            return _rounded(source.read(piece), piece.axes, format)
+            return rounded(source.read(piece), piece.axes, format)
         if (piece.path, piece.index) not in ready:
             ready = next(calibrated)
         return ready[piece.path, piece.index]
@@ -115,11 +111,6 @@ def write(
     write_quantized(output, config, settings, format, dtypes, map(content, tensors))
     copy_tokenizer(pretrained.folder, output)
     return told
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _rounded(values: Any, axes: str, format: Quantized) -> QuantizedWeight:
-    return quantized(values, axes, format)
 
 
 def calibration_tokens(pretrained: Pretrained, texts: list[Path], sequences: int, length: int) -> np.ndarray:

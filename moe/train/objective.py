@@ -6,9 +6,11 @@ from typing import Any
 import jax
 
 from moe.model.moe_layer import MoEStats
+from moe.model.transformer import Transformer
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
 from moe.train.state import Blueprint
+from parallel.layout import Layout
 
 Objective = Callable[..., tuple[jax.Array, tuple[jax.Array, MoEStats | None]]]
 
@@ -46,19 +48,24 @@ def make_objective(blueprint: Blueprint, *, microbatches: int, loss_chunk: int) 
             layout=blueprint.layout,
             landing=landing,
         )
-        loss = cross_entropy_sum(
-            output.hidden_BTD,
-            model.head_weight_VD,
-            batch.targets_BT,
-            batch.weights_BT,
-            loss_chunk,
-            blueprint.layout,
-            model.products.recipe,
-            model.products.history("head"),
-        )
+        loss = summed_loss(model, output.hidden_BTD, batch, loss_chunk, blueprint.layout)
         total = loss / num_targets
         if output.stats is not None:
             total += output.stats.penalty(router) / microbatches
         return total, (loss, output.stats)
 
     return objective
+
+
+def summed_loss(model: Transformer, hidden_BTD: jax.Array, batch: Batch, loss_chunk: int, layout: Layout) -> jax.Array:
+    """The summed cross-entropy of a batch, nats, from what the model makes of it; see `cross_entropy_sum`."""
+    return cross_entropy_sum(
+        hidden_BTD,
+        model.head_weight_VD,
+        batch.targets_BT,
+        batch.weights_BT,
+        loss_chunk,
+        layout,
+        model.products.recipe,
+        model.products.history("head"),
+    )

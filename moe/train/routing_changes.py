@@ -1,6 +1,5 @@
 """How many of the routers' decisions a number format changes."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -35,9 +34,7 @@ def changed_choices(
     Args:
         params, balance: of a TrainState without adapters.
     """
-    if config.router.overflow == "recycle" or config.router.capacity_factor is not None:
-        config = replace(config, router=replace(config.router, capacity_factor=None, overflow="drop"))
-    one, other = (chosen_experts(_model(config, each, params, balance), batch) for each in (before, after))
+    one, other = (chosen_experts(_model(config.dropless, each, params, balance), batch) for each in (before, after))
     return jnp.stack([changed_share(*choices, config.num_experts) for choices in zip(one, other, strict=True)])
 
 

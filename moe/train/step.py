@@ -14,8 +14,7 @@ from moe.model.parameter import SelectionBias
 from moe.model.randomness import Purpose, run_key
 from moe.train.data import Batch
 from moe.train.histories import check_products, growth
-from moe.train.loss import cross_entropy_sum
-from moe.train.objective import make_objective
+from moe.train.objective import make_objective, summed_loss
 from moe.train.optimizer import global_norm
 from moe.train.parts import fetched
 from moe.train.pipelined import check_stages, pipelined_gradients
@@ -181,16 +180,7 @@ def make_evaluation_step(
         model.eval()
         key = run_key(0, Purpose.EVALUATE)
         output = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, key=key, layout=blueprint.layout)
-        loss = cross_entropy_sum(
-            output.hidden_BTD,
-            model.head_weight_VD,
-            batch.targets_BT,
-            batch.weights_BT,
-            loss_chunk,
-            blueprint.layout,
-            model.products.recipe,
-            model.products.history("head"),
-        )
+        loss = summed_loss(model, output.hidden_BTD, batch, loss_chunk, blueprint.layout)
         return loss, batch.weights_BT.sum()
 
     return jax.jit(evaluate)

@@ -6,12 +6,12 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from parallel.blocks import EightBit, element_of, pack_rows, packed_width, unpack_rows
+from parallel.blocks import EIGHT_BIT, EightBit, element_of, pack_rows, packed_width, unpack_rows
 
 Wide = Literal["float32", "bfloat16"]
 WireFormat = Wide | EightBit
 
-WIRE_FORMATS: tuple[WireFormat, ...] = (*get_args(Wide), *get_args(EightBit))
+WIRE_FORMATS: tuple[WireFormat, ...] = (*get_args(Wide), *EIGHT_BIT)
 
 
 def carry(

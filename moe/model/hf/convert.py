@@ -10,8 +10,7 @@ from moe.model.config import ConfigError, ModelConfig
 from moe.model.folder import ModelFolder, Origin, copy_tokenizer, write_model_folder
 from moe.model.hf.checkpoint import HfCheckpoint, hf_tensors, model_specs
 from moe.model.hf.config import FAMILIES, Family, hunyuan_settings
-from moe.model.hf.peft import PeftFolder
-from moe.model.merge import MergedSource
+from moe.model.hf.peft import with_adapters
 from moe.model.pieces import Source
 from moe.model.precision import Precision
 from moe.model.tensor_files import NewTensor, new_folder, write_tensors
@@ -31,9 +30,7 @@ def import_checkpoint(checkpoint: HfCheckpoint, output: Path, progress: Progress
     """
     origin = Origin(checkpoint.family, checkpoint.settings, checkpoint.tied_head_stored)
     specs = model_specs(checkpoint.config, Precision())
-    source: Source = checkpoint
-    if adapters is not None:
-        source = MergedSource(checkpoint, PeftFolder(adapters, checkpoint.config, checkpoint.family))
+    source = with_adapters(checkpoint, adapters)
     with new_folder(output) as folder:
         write_model_folder(folder, checkpoint.config, specs, source, origin, progress)
         copy_tokenizer(checkpoint.folder, folder)

@@ -17,9 +17,8 @@ from safetensors.numpy import load_file
 from moe.model.cache import empty_cache
 from moe.model.execution import Execution
 from moe.model.hf.checkpoint import HfCheckpoint, model_specs
-from moe.model.hf.peft import PeftFolder
-from moe.model.merge import MergedSource
-from moe.model.pieces import Source, load
+from moe.model.hf.peft import with_adapters
+from moe.model.pieces import load
 from moe.model.precision import FULL
 from moe.model.tensor_files import NewTensor, WeightsError, write_file
 from moe.model.transformer import Transformer
@@ -53,10 +52,13 @@ def evaluate(folder: Path, inputs: Path, output: Path, layout: Layout, adapters:
     segments_BT = np.zeros(padded_BT.shape, np.int32)
     segments_BT[:batch] = 1
 
-    source: Source = checkpoint
-    if adapters is not None:
-        source = MergedSource(checkpoint, PeftFolder(adapters, checkpoint.config, checkpoint.family))
-    params = load(source, checkpoint.config, model_specs(checkpoint.config, FULL), layout, jnp.float32)
+    params = load(
+        with_adapters(checkpoint, adapters),
+        checkpoint.config,
+        model_specs(checkpoint.config, FULL),
+        layout,
+        jnp.float32,
+    )
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(checkpoint.config, FULL, Execution(), rngs=nnx.Rngs(0))))
     # GPUs would round the inputs of float32 products to fewer bits.
     with jax.default_matmul_precision("highest"):

@@ -18,11 +18,12 @@ import numpy as np
 
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
-from moe.model.hf.checkpoint import model_specs
+from moe.model.hf.checkpoint import HfCheckpoint, model_specs
 from moe.model.hf.config import Family
 from moe.model.hf.names import hf_tensor
-from moe.model.merge import Adapters, Factors
-from moe.model.pieces import Piece, pieces
+from moe.model.merge import Adapters, Factors, MergedSource
+from moe.model.parameter import summed_axes
+from moe.model.pieces import Piece, Source, pieces
 from moe.model.precision import Precision
 from moe.model.tensor_files import NewTensor, TensorFolder, WeightsError, new_folder, write_file
 
@@ -80,7 +81,7 @@ class PeftFolder:
             b_OJ = b_OJ.reshape(b_OJ.shape[0], -1, place.experts)[:, :, place.expert]
         b_OJ = b_OJ[place.outputs]
         rank = self._rank(place)
-        split = _inputs(piece)
+        split = len(summed_axes(piece.axes))
         inputs, outputs = piece.shape[:split], piece.shape[split:]
         for name, found, wanted in (
             ("A", a_JI.shape, (rank, math.prod(inputs))),
@@ -128,6 +129,17 @@ class PeftFolder:
             )
         if not wanted:
             raise WeightsError(f"{self.folder}: holds no adapter")
+
+
+def with_adapters(checkpoint: HfCheckpoint, folder: Path | None) -> Source:
+    """A checkpoint's weights, with the adapters of a folder that PEFT wrote merged in, where one is given.
+
+    Raises:
+        ConfigError, WeightsError: see PeftFolder.
+    """
+    if folder is None:
+        return checkpoint
+    return MergedSource(checkpoint, PeftFolder(folder, checkpoint.config, checkpoint.family))
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -183,7 +195,7 @@ def export_adapters(
             parameters.add(re.sub(r"^model\.layers\.\d+\.", "", target) + ".weight")
         else:
             modules.add(target.rsplit(".", 1)[-1])
-        split = _inputs(piece)
+        split = len(summed_axes(piece.axes))
         a_IJ = factors.a.reshape(math.prod(piece.shape[:split]), -1)
         b_JO = factors.b.reshape(-1, math.prod(piece.shape[split:]))
         found += _pair(PREFIX + target, a_IJ.T, b_JO.T)
@@ -256,8 +268,3 @@ def _word(piece: Piece) -> str:
 def _fused(piece: Piece) -> tuple[str, str]:
     """(the module of a layer's experts in transformers 5, its parameter that holds the piece)."""
     return f"model.layers.{piece.layer}.mlp.experts", "down_proj" if _word(piece) == "w_down" else "gate_up_proj"
-
-
-def _inputs(piece: Piece) -> int:
-    """How many of its axes a product sums over."""
-    return 1 if piece.axes.startswith("D") else len(piece.shape) - 1

@@ -77,6 +77,14 @@ def tiles(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.
     return expert.astype(jnp.int32), start.astype(jnp.int32), end.astype(jnp.int32)
 
 
+def block_of_tile(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside a kernel: the first row of the block in which a tile lies, and bool [ROWS, 1], which of its rows are the
+    tile's."""
+    first = start // ROWS * ROWS
+    place = first + jnp.arange(ROWS)
+    return first, ((place >= start) & (place < end))[:, None]
+
+
 def _rows_product(
     x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool, *, transpose_w: bool
 ) -> jax.Array:
@@ -89,9 +97,7 @@ def _rows_product(
     def kernel(expert_X, start_X, end_X, x_RD, w_EDF, y_RF):
         tile, column = pl.program_id(0), pl.program_id(1) * wide
         expert, start, end = expert_X[tile], start_X[tile], end_X[tile]
-        first = start // ROWS * ROWS
-        place = first + jnp.arange(ROWS)
-        mine = ((place >= start) & (place < end))[:, None]
+        first, mine = block_of_tile(start, end)
         rows, columns = pl.ds(first, ROWS), pl.ds(column, wide)
 
         def add(i, sum_RF):

@@ -93,7 +93,7 @@ def grouped(
 
 
 def _forward(recipe: Recipe, products: Products, split: Split, x_RD, w_EDF, sizes_E, history):
-    x_RD, dtype = _owned(x_RD, sizes_E), recipe.forward_dtype
+    x_RD, dtype = owned(x_RD, sizes_E), recipe.forward_dtype
     if history is not None:
         x, x_largest = quantize_delayed(x_RD, dtype, history, X)
         w, w_largest = quantize_delayed(w_EDF, dtype, history, W)
@@ -108,13 +108,13 @@ def _forward(recipe: Recipe, products: Products, split: Split, x_RD, w_EDF, size
             for out in ("RF", "RD")
         )
         saved, past = (x_dw, w_dx), None
-    y_RF = _owned(products.rows(x, w, sizes_E, 0, x_RD.dtype), sizes_E)
+    y_RF = owned(products.rows(x, w, sizes_E, 0, x_RD.dtype), sizes_E)
     return y_RF, (*saved, sizes_E, past)
 
 
 def _backward(recipe: Recipe, products: Products, split: Split, saved, dy_RF: jax.Array):
     x, w, sizes_E, past = saved
-    dy_RF, dtype = _owned(dy_RF, sizes_E), recipe.gradient_dtype
+    dy_RF, dtype = owned(dy_RF, sizes_E), recipe.gradient_dtype
     history = None
     if past is not None:
         history, x_largest, w_largest = past
@@ -125,14 +125,14 @@ def _backward(recipe: Recipe, products: Products, split: Split, saved, dy_RF: ja
         dy_dx, dy_dw = (
             quantize(dy_RF, dtype, recipe.shared("RF", out), recipe.over("RF", out, split)) for out in ("RD", "DF")
         )
-    dx_RD = _owned(products.rows(dy_dx, w, sizes_E, 1, dy_RF.dtype), sizes_E)
+    dx_RD = owned(products.rows(dy_dx, w, sizes_E, 1, dy_RF.dtype), sizes_E)
     return dx_RD, products.weights(x, dy_dw, sizes_E, dy_RF.dtype), None, history
 
 
 grouped.defvjp(_forward, _backward)
 
 
-def _owned(x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def owned(x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Zeros in the padding, which may hold anything."""
     return jnp.where((jnp.arange(x_RD.shape[0]) < sizes_E.sum())[:, None], x_RD, 0)
 

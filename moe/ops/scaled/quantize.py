@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from parallel.blocks import magnitude
+
 BLOCK = 128
 """Values along an axis that share a scale (DeepSeek-V3, §3.3.2)."""
 EACH, ALL = 1, 0
@@ -41,8 +43,7 @@ def largest_magnitude(x: jax.Array, shared: tuple[int, ...]) -> jax.Array:
         shared: for each axis EACH, BLOCK or ALL.
     """
     everything = tuple(axis for axis, share in enumerate(shared) if share == ALL)
-    # XLA's maximum on CPU may lose a nan (xla_cpu_enable_fast_min_max), but no infinity.
-    x = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(everything, keepdims=True, initial=0)
+    x = magnitude(x).max(everything, keepdims=True, initial=0)
     for axis, share in enumerate(shared):
         if share == BLOCK:
             widths = [(0, -x.shape[axis] % BLOCK if i == axis else 0) for i in range(x.ndim)]

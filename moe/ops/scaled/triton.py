@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from moe.ops.grouped_matmul.triton import ROWS, tiles, width
+from moe.ops.grouped_matmul.triton import ROWS, block_of_tile, tiles, width
 from moe.ops.scaled.quantize import BLOCK
 from moe.ops.scaled.triton_dot import dot
 
@@ -45,9 +45,7 @@ def rows_kernel(
     def kernel(expert_X, start_X, end_X, x_RD, scales_RS, w_EDF, scales_ESF, y_RF):
         tile, column = pl.program_id(0), pl.program_id(1) * wide
         expert, start, end = expert_X[tile], start_X[tile], end_X[tile]
-        first = start // ROWS * ROWS
-        place = first + jnp.arange(ROWS)
-        mine = ((place >= start) & (place < end))[:, None]
+        first, mine = block_of_tile(start, end)
         rows, columns = pl.ds(first, ROWS), pl.ds(column, wide)
 
         def product(i):
