@@ -15,13 +15,11 @@ from jax.sharding import PartitionSpec
 
 from moe.model.parameter import as_kept, used
 from moe.model.precision import Precision
+from moe.ops.matmul import PRODUCT, weight_einsum
 from moe.ops.scaled import Recipe, Split, frozen_einsum, new_history, scaled_einsum
 from moe.ops.scaled.history import DY
 from moe.ops.scaled.quantize import ALL, largest_magnitude
 from parallel.layout import Layout
-
-SCALED_PRODUCT = "scaled_product"
-"""The name of results of products in 8 bits, for rematerialisation."""
 
 
 class MagnitudeHistory(nnx.Variable):
@@ -48,7 +46,8 @@ class Products(nnx.Module):
         """The einsum of x, in the compute format, and a weight. x: [B, T, ...]."""
         if self.keeps_weights(x.shape[1]):
             return frozen_einsum(spec, x, as_kept(weight, layout))
-        return product(spec, x, used(weight, self.dtype, layout), self.recipe, self.history(name))
+        w = used(weight, self.dtype, layout)
+        return product(spec, x, w, self.recipe, self.history(name), local=layout.mesh is None)
 
     def keeps_weights(self, length: int) -> bool:
         """Whether texts of T tokens are multiplied with quantized matrices as these are."""
@@ -75,19 +74,22 @@ def product(
     recipe: Recipe | None,
     history: jax.Array | None,
     split: Split = (),
+    *,
+    local: bool = True,
 ) -> jax.Array:
     """The einsum of an activation and a weight, in x's format.
 
     Args:
         split: inside `jax.shard_map`, by which mesh axes each axis is split.
+        local: whether each array is whole on one device, or the code runs inside `jax.shard_map`.
     """
     if recipe is None:
-        return recorded(jnp.einsum(spec, x, w), x, w, history)
+        return recorded(weight_einsum(spec, x, w, local=local), x, w, history)
     if recipe.scaling == "delayed":
         y = scaled_einsum(spec, x, w, recipe, history, split=split)
     else:
         y = recorded(scaled_einsum(spec, x, w, recipe, split=split), x, w, history)
-    return checkpoint_name(y, SCALED_PRODUCT)
+    return checkpoint_name(y, PRODUCT)
 
 
 def recorded(

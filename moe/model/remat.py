@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from moe.model.config import ConfigError
-from moe.model.products import SCALED_PRODUCT
+from moe.ops.bits import as_bits, from_bits
+from moe.ops.matmul import PRODUCT
 from moe.ops.quantize import dequantize_rows, quantize_rows
 from parallel.layout import HOST_MEMORY
+from parallel.platform import platform
 
 
 def rematerialise(layers: Callable, policy: str) -> Callable:
@@ -24,47 +26,47 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     "full": only the group's input is kept, its forward pass runs twice.
     """
     if policy == "none":
-        return layers
+        return _kept_as_bits(layers)
     if policy == "full":
-        return jax.checkpoint(layers)
+        return _kept_as_bits(jax.checkpoint(layers))
     policies = jax.checkpoint_policies
-    if policy == "matmuls":
-        kept = _with_scaled(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SCALED_PRODUCT))
-        return jax.checkpoint(layers, policy=kept)
+    if policy in ("matmuls", "matmuls_fp8"):
+        saved = _with_rounded(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT))
+        layers = jax.checkpoint(layers, policy=saved)
+        return _kept_as_bits(layers) if policy == "matmuls" else _kept(layers, _to_fp8, _from_fp8)
     if policy == "matmuls_on_host":
-        offload = _with_scaled(
+        offload = _with_rounded(
             policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
             policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[SCALED_PRODUCT],
+                names_which_can_be_offloaded=[PRODUCT],
                 offload_src="device",
                 offload_dst=HOST_MEMORY,
             ),
         )
         return jax.checkpoint(layers, policy=offload)
-    if policy == "matmuls_fp8":
-        return _kept_in_fp8(rematerialise(layers, "matmuls"))
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
 
 
-def _with_scaled(of_dots: Callable, of_names: Callable) -> Callable:
-    """Of products in 8 bits the result is kept, which has the compute format, and not the sum of 32 bits before it."""
+def _with_rounded(of_dots: Callable, of_names: Callable) -> Callable:
+    """Of a product with a wider sum the result is kept, which has the compute format, and not the sum before it."""
 
     def policy(primitive, *operands, **parameters):
         if primitive.name == "name":
             return of_names(primitive, *operands, **parameters)
-        if primitive.name == "dot_general" and all(x.dtype.itemsize == 1 for x in operands):
-            return False
+        if primitive.name == "dot_general":
+            summed = parameters["preferred_element_type"] or operands[0].dtype
+            if all(x.dtype.itemsize < jnp.dtype(summed).itemsize for x in operands):
+                return False
         return of_dots(primitive, *operands, **parameters)
 
     return policy
 
 
-def _kept_in_fp8(layers: Callable) -> Callable:
-    """The function of a scanned group, of two arguments, which keeps in 8 bits what it would keep in bfloat16.
+def _kept(layers: Callable, pack: Callable[[jax.Array], Any], unpack: Callable[[Any], jax.Array]) -> Callable:
+    """The function of a scanned group, of two arguments, which keeps `pack` of what it would keep.
 
-    Arguments, the weights among them, are kept as they are; and so is what is float32, such as the router's logits,
-    since rounding these would change which experts the backward pass goes through.
+    Arguments, the weights among them, are kept as they are.
     """
 
     def change(pullback: Any, how: Callable[[Any], Any]) -> Any:
@@ -72,11 +74,18 @@ def _kept_in_fp8(layers: Callable) -> Callable:
 
     def forward(carry: Any, of_group: Any):
         made, pullback = jax.vjp(layers, carry, of_group)
-        return made, change(pullback, _to_fp8)
+        return made, change(pullback, pack)
 
     kept = jax.custom_vjp(layers)
-    kept.defvjp(forward, lambda pullback, gradient: change(pullback, _from_fp8)(gradient))
+    kept.defvjp(forward, lambda pullback, gradient: change(pullback, unpack)(gradient))
     return kept
+
+
+def _kept_as_bits(layers: Callable) -> Callable:
+    """On CPU, where a loop would widen all layers' values to write one layer's (moe/ops/bits.py)."""
+    if platform() != "cpu":
+        return layers
+    return _kept(layers, as_bits, lambda x: from_bits(x, jnp.bfloat16))
 
 
 class _InFp8(NamedTuple):
@@ -87,7 +96,8 @@ class _InFp8(NamedTuple):
 
 
 def _to_fp8(x: jax.Array) -> Any:
-    """bfloat16 scaled so that the largest of each vector becomes e4m3's largest; anything else as it is."""
+    """bfloat16 scaled so that the largest of each vector becomes e4m3's largest; anything else as it is. What is
+    float32, such as the router's logits, is not rounded: the backward pass would go through other experts."""
     return _InFp8(*quantize_rows(x, "fp8")) if x.dtype == jnp.bfloat16 and x.ndim else x
 
 

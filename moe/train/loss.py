@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.model.products import product, split_of
+from moe.ops.matmul import einsum, weight_gradient
 from moe.ops.scaled import Recipe
 from parallel.layout import Layout
 
@@ -147,7 +148,7 @@ class _Head(NamedTuple):
 
         def pull(dlogits_BTV):
             dlogits_BTV = dlogits_BTV.astype(hidden_BTD.dtype)
-            dhead_VD = jnp.einsum("BTV,BTD->VD", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
-            return jnp.einsum("BTV,VD->BTD", dlogits_BTV, self.w_VD), dhead_VD, None
+            dhead_VD = weight_gradient("BTD,VD->BTV", hidden_BTD, dlogits_BTV, local=True)
+            return einsum("BTV,VD->BTD", dlogits_BTV, self.w_VD), dhead_VD, None
 
         return jnp.einsum("BTD,VD->BTV", hidden_BTD, self.w_VD, preferred_element_type=jnp.float32), pull

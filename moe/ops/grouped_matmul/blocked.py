@@ -1,15 +1,22 @@
 """The grouped product for CPU: a loop over groups, and in it one over blocks of the group's own rows.
 
-Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are. Fewer rows than groups,
-as when a few texts are continued by a token each, take their matrices one by one instead: a loop over groups would move
-all of them.
+Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are: a group's last block has
+the least of a few heights that holds what is left. Fewer rows than groups, as when a few texts are continued by a token
+each, take their matrices one by one instead: a loop over groups would move all of them.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-BLOCK = 128
+from moe.ops.bits import as_bits, from_bits
+from moe.ops.matmul import transposed
+
+HEIGHTS = (32, 64, 96, 128, 192, 256)
+"""Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
 
 
 @jax.custom_vjp
@@ -25,46 +32,61 @@ def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
 def _backward(saved, dy_RF: jax.Array):
     x_RD, w_EDF, sizes_E = saved
     dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
-    return dx_RD, weights_product(x_RD, dy_RF, sizes_E, jnp.float32).astype(w_EDF.dtype), None
+    return dx_RD, weights_product(x_RD, dy_RF, sizes_E, w_EDF.dtype), None
 
 
 blocked_matmul.defvjp(_forward, _backward)
 
+Block = Callable[[int, jax.Array, Any], Any]
+"""Takes a block's height, the first of the group's rows in it and what was made so far, and makes more of that."""
 
-def _blocks(size: jax.Array, block: int) -> jax.Array:
-    return (size + block - 1) // block
+
+def _over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, made: Any) -> Any:
+    """What `block` makes of the rows [start, start + size), `made` to begin with."""
+    heights = sorted({min(height, num_rows) for height in HEIGHTS})
+    full = jnp.maximum(size - 1, 0) // heights[-1]
+    rest = size - full * heights[-1]
+    # Loops of one turn or none, for a conditional would copy what was made so far.
+    for least, height in zip((0, *heights), heights, strict=False):
+        times = ((rest > least) & (rest <= height)).astype(jnp.int32) + (full if height == heights[-1] else 0)
+        made = jax.lax.fori_loop(0, times, lambda i, made, h=height, first=start: block(h, first + i * h, made), made)
+        start += times * height
+    return made
 
 
-def _take(x_RD: jax.Array, row: jax.Array, end: jax.Array, block: int):
-    """The block that begins at `row`, or the last whole one; its first row, and which of its rows are in [row, end)."""
-    first = jnp.minimum(row, x_RD.shape[0] - block)
-    rows = first + jnp.arange(block, dtype=jnp.int32)
-    mine_R1 = ((rows >= row) & (rows < end))[:, None]
-    return jax.lax.dynamic_slice_in_dim(x_RD, first, block), first, mine_R1
+def _take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The rows from `row` on, or the last ones, and the first's number."""
+    first = jnp.minimum(row, x_RD.shape[axis] - height)
+    return from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), first, height, axis), x_RD.dtype), first
+
+
+def _multiply(a: jax.Array, b: jax.Array, contract_b: int, dtype: DTypeLike) -> jax.Array:
+    # See moe/ops/matmul.py.
+    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return jax.lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), preferred_element_type=wide).astype(dtype)
 
 
 def rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike) -> jax.Array:
-    """Each row times its group's matrix, or with contract_w=1 the matrix's transpose, summed in `dtype`."""
+    """Each row times its group's matrix, or with contract_w=1 the matrix's transpose, summed in `dtype` or float32."""
     if x_RD.shape[0] < w_EDF.shape[0]:
         return _few_rows_product(x_RD, w_EDF, sizes_E, contract_w, dtype)
-    block = min(BLOCK, x_RD.shape[0])
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def group(e, y_RF):
-        w_DF, end = w_EDF[e], ends_E[e]
-        start = end - sizes_E[e]
+        w_DF, end = from_bits(as_bits(w_EDF)[e], w_EDF.dtype), ends_E[e]
 
-        def rows(i, y_RF):
-            x_bD, first, mine = _take(x_RD, start + i * block, end, block)
-            dims = (((1,), (contract_w,)), ((), ()))
-            y_bF = jax.lax.dot_general(x_bD, w_DF, dims, preferred_element_type=dtype)
-            before_bF = jax.lax.dynamic_slice_in_dim(y_RF, first, block)
-            return jax.lax.dynamic_update_slice_in_dim(y_RF, jnp.where(mine, y_bF, before_bF), first, 0)
+        def block(height, row, y_RF):
+            x_bD, first = _take(x_RD, height, row)
+            y_bF = as_bits(_multiply(x_bD, w_DF, contract_w, dtype))
+            before_bF = jax.lax.dynamic_slice_in_dim(y_RF, first, height)
+            rows = first + jnp.arange(height, dtype=jnp.int32)
+            mine_b1 = ((rows >= row) & (rows < end))[:, None]
+            return jax.lax.dynamic_update_slice_in_dim(y_RF, jnp.where(mine_b1, y_bF, before_bF), first, 0)
 
-        return jax.lax.fori_loop(0, _blocks(sizes_E[e], block), rows, y_RF)
+        return _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, y_RF)
 
-    y_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype)
-    return jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF)
+    y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
+    return from_bits(jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF), dtype)
 
 
 def _few_rows_product(
@@ -78,22 +100,24 @@ def _few_rows_product(
 
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy."""
-    block = min(BLOCK, x_RD.shape[0])
+    """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
+    x_DR = transposed(x_RD)
 
     def group(_, e):
         end = ends_E[e]
-        start = end - sizes_E[e]
 
-        def rows(i, dw_DF):
-            x_bD, _, mine = _take(x_RD, start + i * block, end, block)
-            dy_bF, _, _ = _take(dy_RF, start + i * block, end, block)
-            x_bD, dy_bF = jnp.where(mine, x_bD, 0), jnp.where(mine, dy_bF, 0)
-            dims = (((0,), (0,)), ((), ()))
-            return dw_DF + jax.lax.dot_general(x_bD, dy_bF, dims, preferred_element_type=dtype)
+        def block(height, row, dw_DF):
+            x_Db, first = _take(x_DR, height, row, axis=1)
+            dy_bF, _ = _take(dy_RF, height, row)
+            rows = first + jnp.arange(height, dtype=jnp.int32)
+            mine_b = (rows >= row) & (rows < end)
+            x_Db, dy_bF = jnp.where(mine_b, x_Db, 0), jnp.where(mine_b[:, None], dy_bF, 0)
+            return dw_DF + _multiply(x_Db, dy_bF, 0, wide)
 
-        zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), dtype)
-        return None, jax.lax.fori_loop(0, _blocks(sizes_E[e], block), rows, zeros_DF)
+        zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), wide)
+        dw_DF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF)
+        return None, as_bits(dw_DF.astype(dtype))
 
-    return jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1]
+    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return from_bits(jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1], dtype)

@@ -1,0 +1,92 @@
+"""Products with weights as XLA does them fastest on CPU; elsewhere they are left to XLA.
+
+On CPU XLA hands a product to YNNPACK, which has bfloat16's own instructions, only where its sums are asked for in
+float32 and its first operand is not transposed (xla/backends/cpu/ynn_support.cc). All others are widened to float32
+beforehand, and take twice as long.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from parallel.platform import platform
+
+PRODUCT = "product"
+"""The name of results whose sums were wider, for rematerialisation."""
+
+_TILE = 32
+
+
+def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """jnp.einsum(spec, a, b), of a's dtype and summed in float32; for what is not differentiated by JAX."""
+    if platform() != "cpu":
+        return jnp.einsum(spec, a, b)
+    return _summed(spec, a, b).astype(a.dtype)
+
+
+def weight_einsum(spec: str, x: jax.Array, w: jax.Array, *, local: bool) -> jax.Array:
+    """jnp.einsum(spec, x, w) of an activation and a weight, of x's dtype and summed in float32.
+
+    Args:
+        spec: the activation's axes begin, and the result's, with what the two share: "BTD,DNH->BTNH".
+        local: whether the arrays are whole on one device, so that they may be cut into tiles.
+    """
+    if platform() != "cpu":
+        return jnp.einsum(spec, x, w)
+    return checkpoint_name(_einsum(spec, local, x, w), PRODUCT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(spec: str, local: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+    return einsum(spec, x, w)
+
+
+def _forward(spec: str, local: bool, x: jax.Array, w: jax.Array):
+    return _einsum(spec, local, x, w), (x, w)
+
+
+def _backward(spec: str, local: bool, saved, dy: jax.Array):
+    x, w = saved
+    own, weight, out = _letters(spec)
+    dw = weight_gradient(spec, x, dy, local=local).astype(w.dtype)
+    return einsum(f"{out},{weight}->{own}", dy, w).astype(x.dtype), dw
+
+
+_einsum.defvjp(_forward, _backward)
+
+
+def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, local: bool) -> jax.Array:
+    """f32, the gradient of w in `weight_einsum` from that of its result."""
+    own, weight, out = _letters(spec)
+    if not local or platform() != "cpu":
+        return _summed(f"{own},{out}->{weight}", x, dy)
+    shared = [axis for axis in own if axis in out]
+    rows = math.prod(x.shape[: len(shared)])
+    dw = jnp.dot(transposed(x.reshape(rows, -1)), dy.reshape(rows, -1), preferred_element_type=jnp.float32)
+    summed = own[len(shared) :]
+    if not weight.startswith(summed):
+        dw = transposed(dw)
+    sizes = dict(zip(own + out, x.shape + dy.shape, strict=True))
+    return dw.reshape([sizes[axis] for axis in weight])
+
+
+def _letters(spec: str) -> tuple[str, str, str]:
+    operands, out = spec.split("->")
+    own, weight = operands.split(",")
+    return own, weight, out
+
+
+def _summed(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def transposed(x_RD: jax.Array) -> jax.Array:
+    """x_DR, in memory: in two steps, first each tile and then the tiles, so that no line is fetched for one value; and
+    so that XLA does not make a product of a transposed operand of it again."""
+    R, D = x_RD.shape
+    r, d = math.gcd(R, _TILE), math.gcd(D, _TILE)
+    tiles = x_RD.reshape(R // r, r, D // d, d).transpose(0, 2, 3, 1)
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(tiles).transpose(1, 2, 0, 3).reshape(D, R))
