@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from moe.ops.attention.chunked import chunked_attention
+from moe.ops.attention.chunked import BLOCK, chunked_attention
 from moe.ops.attention.cudnn import cudnn_attention
 from moe.ops.attention.dense import dense_attention
 from moe.ops.attention.view import View
@@ -71,7 +71,7 @@ _BACKENDS = ("dense", *_IN_FLOAT32)
 
 
 def _fastest_on_cpu(scores_per_head: int) -> Backend:
-    return "chunked" if scores_per_head > 1024**2 else "dense"
+    return "chunked" if scores_per_head >= BLOCK**2 else "dense"
 
 
 def _view(
