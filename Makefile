@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # A file of tests stays in one process, so that what its tests share is made once.
 WORKERS := -n logical --dist loadfile
+# See parallel/large_pages.py; told here, no process has to begin anew.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help train test test-full plan-setup test-gpu-compile test-peers lint bench clean
 

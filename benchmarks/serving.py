@@ -37,6 +37,7 @@ from moe.serve.scheduler import Scheduler
 from moe.serve.server import Service
 from moe.train.tokenizer import train_tokenizer
 from moe.train.trained import ArraySource
+from parallel.large_pages import use_large_pages
 
 CONTEXT = 2048
 ANSWER = 64
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     main()

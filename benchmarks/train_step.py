@@ -24,6 +24,7 @@ from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
 from moe.train.step import make_train_step
+from parallel.large_pages import use_large_pages
 from parallel.layout import SINGLE_DEVICE
 
 BATCH, LENGTH = 4, 512
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     main()

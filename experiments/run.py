@@ -35,6 +35,7 @@ from moe.train.pretrained import open_pretrained
 from moe.train.run_folder import RunFolder, RunFolderError, write_atomically
 from moe.train.state import Blueprint, TrainState
 from parallel.distributed import LOST, DistributedError, detect, initialize, leave
+from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError
 from parallel.together import require_same, wait_for_all
@@ -298,4 +299,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     leave(main)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.experiment import Experiment
+from moe.model.execution import plain_execution
 from moe.model.merge import merged
 from moe.serve.engine import Weights
 from moe.serve.language_model import HunyuanMoE
@@ -105,7 +106,8 @@ def weights_to_sample(blueprint: Blueprint, outcome: Outcome) -> Weights | None:
     if jax.process_index() > 0:
         return None
     params, balance = jax.device_put(gathered, jax.local_devices()[0])
-    return Weights(blueprint.config, blueprint.precision, SINGLE_DEVICE, params, balance)
+    execution = plain_execution(blueprint.precision)
+    return Weights(blueprint.config, blueprint.precision, SINGLE_DEVICE, params, balance, execution)
 
 
 def _sample(weights: Weights, data: Data, folder: RunFolder) -> str:

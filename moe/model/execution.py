@@ -37,6 +37,11 @@ class Execution:
         require_choice(self, "gate", ("after", "before"), area="execution.")
 
 
+def plain_execution(precision: Precision) -> Execution:
+    """The fastest backends that have the formats of a precision, wherever the model was trained."""
+    return Execution(attention="auto" if precision.softmax == "float32" else "dense")
+
+
 def check_execution(execution: Execution, precision: Precision) -> None:
     """
     Raises:

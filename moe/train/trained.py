@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from moe.model.adapter import LoraConfig
 from moe.model.config import ConfigError, ModelConfig
-from moe.model.execution import Execution
+from moe.model.execution import plain_execution
 from moe.model.folder import config_from_json
 from moe.model.merge import StackedAdapters
 from moe.model.parameter import SelectionBias, specs_of
@@ -97,8 +97,9 @@ class TrainedModel:
             raise ConfigError(
                 f"{folder}: is no model folder, no checkpoint and no folder of a run of this version ({error})"
             ) from error
+        execution = plain_execution(self.precision)
         model = nnx.eval_shape(
-            lambda: fresh_model(self.config, self.precision, Execution(), self.lora, jax.random.key(0))
+            lambda: fresh_model(self.config, self.precision, execution, self.lora, jax.random.key(0))
         )
         self.specs = specs_of(model, trained(self.lora))
         self._abstract = {

@@ -1,0 +1,80 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.ops.matmul import einsum, transposed, weight_einsum, weight_gradient
+from parallel.platform import compiling_for
+from tests.closeness import assert_trees_equal_to_scale
+
+SIZES = {"B": 2, "T": 12, "D": 64, "F": 40, "N": 3, "H": 8, "V": 32}
+SPECS = ("BTD,DF->BTF", "BTD,VD->BTV", "BTD,DNH->BTNH", "BTNH,NHD->BTD")
+
+
+def arrays(spec: str, dtype=jnp.float32):
+    """x, w and the gradient of the result."""
+    random = np.random.default_rng(0)
+    own, weight, out = re.split(",|->", spec)
+    return (jnp.asarray(random.normal(size=[SIZES[a] for a in axes]), dtype) for axes in (own, weight, out))
+
+
+def with_gradients(function, x, w, dy):
+    y, pullback = jax.vjp(function, x, w)
+    return y, *pullback(dy)
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("spec", SPECS)
+def test_values_and_gradients_are_einsums(spec, local):
+    x, w, dy = arrays(spec)
+    own, weight, out = re.split(",|->", spec)
+    x_wide, w_wide, dy_wide = (np.asarray(a, np.float64) for a in (x, w, dy))
+    expected = (
+        np.einsum(spec, x_wide, w_wide),
+        np.einsum(f"{out},{weight}->{own}", dy_wide, w_wide),
+        np.einsum(f"{own},{out}->{weight}", x_wide, dy_wide),
+    )
+    found = with_gradients(lambda x, w: weight_einsum(spec, x, w, local=local), x, w, dy)
+    assert_trees_equal_to_scale(found, expected, tolerance=1e-6)
+    assert_trees_equal_to_scale(weight_gradient(spec, x, dy, local=local), expected[2], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bfloat16_is_summed_in_float32_and_rounded_once(spec):
+    x, w, dy = arrays(spec, jnp.bfloat16)
+    exact = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
+    y, dx, dw = with_gradients(lambda x, w: weight_einsum(spec, x, w, local=True), x, w, dy)
+    assert {a.dtype for a in (y, dx, dw)} == {jnp.dtype("bfloat16")}
+    assert np.abs(np.asarray(y, np.float64) - exact).max() <= 2**-8 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (12, 10), (1, 7), (33, 1)])
+def test_transposed(shape):
+    x_RD = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    np.testing.assert_array_equal(transposed(x_RD), np.asarray(x_RD).T)
+
+
+def dots_of_bfloat16(function) -> int:
+    """How many of the compiled program's products have operands of bfloat16."""
+    given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays("BTD,DF->BTF", jnp.bfloat16)]
+    text = jax.jit(lambda *given: with_gradients(function, *given)).lower(*given).compile().as_text()
+    formats = dict(re.findall(r"%(\S+) = (\w+)\[", text)) | dict(re.findall(r"(\S+): (\w+)\[", text))
+    operands = re.findall(r" dot\(%(\S+), %(\S+)\)", text)
+    assert len(operands) == 3
+    return sum({formats[a], formats[b]} == {"bf16"} for a, b in operands)
+
+
+def test_no_product_of_bfloat16_is_widened_beforehand():
+    assert dots_of_bfloat16(lambda x, w: weight_einsum("BTD,DF->BTF", x, w, local=True)) == 3
+    assert dots_of_bfloat16(lambda x, w: jnp.einsum("BTD,DF->BTF", x, w)) == 0
+
+
+def test_elsewhere_than_on_cpu_xla_is_left_alone():
+    x, w, _ = arrays("BTD,DF->BTF", jnp.bfloat16)
+    with compiling_for("gpu"):
+        for function in (einsum, lambda *given: weight_einsum(*given, local=True)):
+            traced = str(jax.make_jaxpr(lambda x, w, f=function: f("BTD,DF->BTF", x, w))(x, w))
+            assert "preferred_element_type=bfloat16" in traced
+            assert "custom_vjp" not in traced
