@@ -1,6 +1,11 @@
 """Every test sees eight virtual CPU devices; meshes of fewer take the first ones."""
 
-import jax
+import os
+
+# LLVM's expensive passes took nearly half of the tests' time. Processes that tests start do without them as well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
