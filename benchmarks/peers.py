@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers [--repeats 5] [--only train|decode] [--format float32|bfloat16] [--compile]
 
-Both sides compute models of the 158M preset's sizes on the same tokens, each in a process of its own. They take turns, and
-the one that waits takes nothing. First each setting of a rival is tried alone; its fastest ones are then measured: ratios
-compare a turn with the turn beside it. Rivals run in the environment that `make bench-setup` makes.
+Both sides compute models of the 158M preset's sizes on the same tokens, each in a process of its own. They take turns,
+and the one that waits takes nothing. First each setting of a rival is tried alone; its fastest ones are then measured:
+ratios compare a turn with the turn beside it. Rivals run in the environment that `make bench-setup` makes.
 """
 
 import argparse

@@ -2,45 +2,25 @@
 
 import sys
 import time
-from contextlib import nullcontext
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 from benchmarks.rivals.job import Job, Setting, draw_tokens, read
 from benchmarks.rivals.protocol import About, Take, serve
 from benchmarks.rivals.torch_models import build
+from benchmarks.rivals.torch_step import make_step
 
 
 def trainer(model: transformers.PreTrainedModel, job: Job, setting: Setting) -> Take:
-    """The step of `moe.train.step`: mean cross-entropy over all positions, gradients clipped to norm 1, AdamW that
-    decays all but norms."""
-    tokens_BT, targets_BT = (
-        torch.from_numpy(x).long() for x in draw_tokens(job.sizes.vocab_size, job.batch, job.length)
-    )
-    parameters = list(model.parameters())
-    decayed, undecayed = ([p for p in parameters if (p.ndim > 1) is matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-    def loss_of(tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        logits_BTV = model(tokens_BT, use_cache=False).logits
-        return cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-
-    if setting.compiled:
-        loss_of = torch.compile(loss_of, dynamic=False)
+    drawn = draw_tokens(job.sizes.vocab_size, job.batch, job.length)
+    tokens_BT, targets_BT = (torch.from_numpy(x).long() for x in drawn)
+    step = make_step(model, 3e-4, autocast=setting.autocast, compiled=setting.compiled)
 
     def take() -> tuple[dict[str, float], float]:
         begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16) if setting.autocast else nullcontext():
-            loss = loss_of(tokens_BT, targets_BT)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        told = loss.item()
-        return {"step": time.perf_counter() - begin}, told
+        loss = step(tokens_BT, targets_BT)
+        return {"step": time.perf_counter() - begin}, loss
 
     return take
 
