@@ -71,6 +71,8 @@ class Run:
                 try:
                     entrants.append(self.measure(job, setting, ours))
                 except WorkerError as error:
+                    if error.worker == OURS:
+                        raise
                     failures.append(str(error))
                 self.progress.print()
             return Comparison(job, ours.about, heats, failures, entrants)

@@ -24,7 +24,14 @@ Take = Callable[[], tuple[dict[str, float], float | None]]
 
 
 class WorkerError(RuntimeError):
-    """A process that did not do its part: says which, and what it said last."""
+    """A process that did not do its part: says which, and what it said last.
+
+    worker: its name.
+    """
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"{worker}: {reason}")
+        self.worker = worker
 
 
 @dataclass(frozen=True)
@@ -127,13 +134,13 @@ class Worker:
         finally:
             timer.cancel()
         if late.is_set():
-            raise WorkerError(f"{self.name}: took longer than {self._limit:,.0f} s")
+            raise WorkerError(self.name, f"took longer than {self._limit:,.0f} s")
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"{self.name}: ended with status {code}; {self._last_words()}")
+            raise WorkerError(self.name, f"ended with status {code}; {self._last_words()}")
         message = json.loads(line)
         if "failed" in message:
-            raise WorkerError(f"{self.name}: {message['failed']}")
+            raise WorkerError(self.name, message["failed"])
         return message
 
     def _last_words(self) -> str:
