@@ -24,7 +24,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serving import seconds_of, spread
+from benchmarks.serving import seconds_of
+from benchmarks.spread import spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.folder import copy_tokenizer

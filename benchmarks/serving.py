@@ -8,7 +8,6 @@ weights of the 158M preset: the work does not depend on their values.
 import argparse
 import http.client
 import json
-import statistics
 import tempfile
 import threading
 import time
@@ -24,6 +23,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.spread import spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.execution import Execution
@@ -125,10 +125,6 @@ class LocalServer:
         for thread in threads:
             thread.join()
         return clients * ANSWER / (time.perf_counter() - begin)
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rivals.job import draw_tokens
+from benchmarks.spread import spread
 from moe.model.config import ModelConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
@@ -39,26 +41,27 @@ CONTENDERS: dict[str, tuple[ModelConfig, Precision]] = {
 }
 
 
-def stepper(config: ModelConfig, precision: Precision) -> tuple[Callable[[], float], float]:
-    """A function that takes one step and returns its seconds, and the model FLOPs of a token."""
+def stepper(
+    config: ModelConfig, precision: Precision, batch: int = BATCH, length: int = LENGTH
+) -> tuple[Callable[[], tuple[float, float]], float]:
+    """A function that takes one step and returns its seconds and its loss, and the model FLOPs of a token."""
     blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), SINGLE_DEVICE, steps=10_000)
     step = make_train_step(blueprint, seed=0)
-    random = np.random.default_rng(0)
-    tokens_BT, targets_BT = random.integers(0, config.vocab_size, (2, BATCH, LENGTH)).astype(np.int32)
-    positions_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-    ones_BT = np.ones((BATCH, LENGTH), np.int32)
-    batch = Batch(tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(np.float32))
+    tokens_BT, targets_BT = draw_tokens(config.vocab_size, batch, length)
+    positions_BT = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    ones_BT = np.ones((batch, length), np.int32)
+    given = Batch(tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(np.float32))
     state = blueprint.create_state(seed=0)
 
-    def take() -> float:
+    def take() -> tuple[float, float]:
         nonlocal state
         begin = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, given)
         jax.block_until_ready((state, metrics))
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, float(metrics.loss)
 
     take()
-    return take, train_flops_per_token(config, blueprint.specs, LENGTH)
+    return take, train_flops_per_token(config, blueprint.specs, length)
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(repeats):
         for name, (take, _) in steppers.items():
-            seconds[name].append(take())
+            seconds[name].append(take()[0])
 
     table = Table(
         f"{BATCH} x {LENGTH} tokens", "tokens/s", "model GFLOP/s", "of the dense one in the same format", box=None
@@ -80,9 +83,9 @@ def main() -> None:
         ratios = np.array(seconds[rival]) / np.array(seconds[name])
         table.add_row(
             name,
-            f"{np.median(rates):,.0f} ({rates.min():,.0f} to {rates.max():,.0f})",
+            spread(rates.tolist(), 0),
             f"{np.median(rates) * flops / 1e9:,.0f}",
-            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+            spread(ratios.tolist(), 2),
         )
     console = Console(width=120, highlight=False)
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {repeats} turns: median (least to most)")

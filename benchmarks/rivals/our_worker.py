@@ -1,0 +1,70 @@
+"""Our process beside a rival's. Started by `benchmarks.peers`."""
+
+import sys
+import time
+from dataclasses import asdict, replace
+
+import jax
+from flax import nnx
+
+from benchmarks.rivals.job import Job, draw_tokens, read
+from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.train_step import stepper
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.parameter import SelectionBias
+from moe.model.precision import FULL, Precision
+from moe.model.presets import SPEED_158M
+from moe.model.transformer import Transformer
+from moe.serve.engine import Engine, Weights
+from moe.serve.sampling import Sampling
+from parallel.layout import SINGLE_DEVICE
+
+
+def trainer(config: ModelConfig, job: Job) -> Take:
+    """In bfloat16 as runs are by default: parameters and AdamW's moments stay in float32."""
+    take, _ = stepper(config, FULL if job.format == "float32" else Precision(), job.batch, job.length)
+
+    def turn() -> tuple[dict[str, float], float]:
+        seconds, loss = take()
+        return {"step": seconds}, loss
+
+    return turn
+
+
+def decoder(config: ModelConfig, job: Job) -> Take:
+    precision = FULL if job.format == "float32" else Precision(parameters="bfloat16")
+    model = Transformer(config, precision, Execution(), rngs=nnx.Rngs(0))
+    params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
+    weights = Weights(config, precision, SINGLE_DEVICE, params, balance)
+    engine = Engine(weights, slots=job.batch, max_length=job.length + job.answer + 1)
+    tokens_BT, _ = draw_tokens(config.vocab_size, job.batch, job.length)
+    requests = [(tokens_T.tolist(), Sampling(max_tokens=job.answer + 1)) for tokens_T in tokens_BT]
+
+    def turn() -> tuple[dict[str, float], None]:
+        begin = time.perf_counter()
+        slots = [slot for slot, _ in engine.admit(requests)]
+        filled = time.perf_counter()
+        for _ in range(job.answer):
+            engine.step()
+        end = time.perf_counter()
+        for slot in slots:
+            engine.release(slot)
+        return {"prefill": filled - begin, "decode": end - filled}, None
+
+    return turn
+
+
+def begin() -> tuple[About, Take]:
+    job, _ = read(sys.argv[1])
+    config = replace(SPEED_158M, **asdict(job.sizes))
+    model = nnx.eval_shape(lambda: Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0)))
+    about = {
+        "software": f"jax {jax.__version__}",
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))),
+    }
+    return about, (trainer if job.task == "train" else decoder)(config, job)
+
+
+if __name__ == "__main__":
+    serve(begin)
