@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
+from moe.ops.bits import as_bits, from_bits
 from moe.ops.quantize import EIGHT_BITS, dequantize_rows, quantize_rows
 from parallel.blocks import EightBit
 from parallel.layout import SINGLE_DEVICE, Layout
@@ -28,9 +29,10 @@ class Kept(NamedTuple):
 
     def widened(self, dtype: DTypeLike) -> jax.Array:
         """x_BTMH in the compute format."""
+        values_BTMH = from_bits(self.values_BTMH, jnp.bfloat16)
         if self.scales_BTM is None:
-            return self.values_BTMH.astype(dtype)
-        return dequantize_rows(self.values_BTMH, self.scales_BTM, dtype)
+            return values_BTMH.astype(dtype)
+        return dequantize_rows(values_BTMH, from_bits(self.scales_BTM, jnp.bfloat16), dtype)
 
 
 class KVCache(NamedTuple):
@@ -38,6 +40,7 @@ class KVCache(NamedTuple):
 
     Keys have RoPE and, with a norm after RoPE, its division, but no key-norm weight: that differs from layer to layer
     of a group and is folded into the queries (moe/model/attention.py). The release keeps one cache a layer instead.
+    On CPU, bfloat16 is kept as its bits, so that a token is written in place (moe/ops/bits.py).
     """
 
     k_BGSMH: jax.Array
@@ -59,8 +62,9 @@ class KVCache(NamedTuple):
         """Keys or values in this cache's format."""
         dtype = self.k_BGSMH.dtype
         if self.k_scales_BGSM is None:
-            return Kept(x_BTMH.astype(dtype), None)
-        return Kept(*quantize_rows(x_BTMH, "int8" if dtype == jnp.int8 else "fp8", jnp.bfloat16))
+            return Kept(as_bits(x_BTMH.astype(jnp.bfloat16 if dtype == jnp.uint16 else dtype)), None)
+        values_BTMH, scales_BTM = quantize_rows(x_BTMH, "int8" if dtype == jnp.int8 else "fp8", jnp.bfloat16)
+        return Kept(values_BTMH, as_bits(scales_BTM))
 
     def group(self, index: jax.Array) -> "GroupCache":
         """The view through which one group reads and writes."""
@@ -114,8 +118,8 @@ def empty_cache(
     groups = math.ceil(config.num_layers / config.cla_factor)
     shape = (batch, groups, num_slots, config.num_kv_heads)
     values_dtype = dtype if format is None else EIGHT_BITS[format].dtype
-    keys, values = (jnp.zeros((*shape, config.head_dim), values_dtype) for _ in range(2))
-    scales = [None, None] if format is None else [jnp.ones(shape, jnp.bfloat16) for _ in range(2)]
+    keys, values = (as_bits(jnp.zeros((*shape, config.head_dim), values_dtype)) for _ in range(2))
+    scales = [None, None] if format is None else [as_bits(jnp.ones(shape, jnp.bfloat16)) for _ in range(2)]
     return placed_cache(KVCache(keys, values, *scales), layout.constrain)
 
 

@@ -19,6 +19,7 @@ from moe.model.parameter import matrix, norm_scale
 from moe.model.precision import Precision
 from moe.model.products import Products, product
 from moe.model.remat import rematerialise
+from moe.ops.bits import from_bits
 from moe.ops.norm import rms_norm
 from moe.ops.rope import rope_tables
 from parallel.layout import SINGLE_DEVICE, Layout
@@ -218,6 +219,7 @@ class GroupScan(NamedTuple):
         def group(carry, of_group):
             x_BTD, cache = carry
             (adapters, weights, others), landing, place = of_group
+            weights = jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights)
             # Beside frozen weights gradients are the adapters'.
             if landing is not None and adapters:
                 adapters = land(adapters, landing, self.layout)

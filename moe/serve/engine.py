@@ -19,6 +19,7 @@ from moe.model.execution import Execution
 from moe.model.parameter import SelectionBias, specs_of, stored
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
+from moe.ops.bits import as_bits
 from moe.serve.sampling import Sampling, SamplingRows, choose_tokens, sampling_rows
 from parallel.layout import Layout
 
@@ -44,6 +45,11 @@ class Weights(NamedTuple):
             nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
 
+    def move_as_bits(self) -> None:
+        """On CPU has the layers' bfloat16 as its bits from now on, one array after the other: a loop over layers would
+        widen all of them for each token (moe/ops/bits.py)."""
+        _move_as_bits(self.params["stacks"])
+
     @classmethod
     def abstract(cls, config: ModelConfig, precision: Precision, layout: Layout, execution: Execution) -> "Weights":
         """Shapes, formats and, on a mesh, shardings, for compiling without an array.
@@ -59,6 +65,14 @@ class Weights(NamedTuple):
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
         return cls(config, precision, layout, params, balance, execution)
+
+
+def _move_as_bits(params: dict[str, Any]) -> None:
+    for name, value in params.items():
+        if isinstance(value, dict):
+            _move_as_bits(value)
+        else:
+            params[name] = jax.tree.map(as_bits, value)
 
 
 class ContextError(ValueError):

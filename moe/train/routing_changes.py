@@ -13,6 +13,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.precision import Precision
 from moe.model.products import MagnitudeHistory
 from moe.model.transformer import Transformer
+from moe.ops.bits import from_bits
 from moe.train.data import Batch
 from parallel.layout import SINGLE_DEVICE, Layout
 
@@ -66,7 +67,7 @@ def watched(model: Transformer, batch: Batch, cache: KVCache | None = None) -> t
         graph, stacked = nnx.split(stack)
         repeat = len(jax.tree.leaves(stacked)[0])
         for place in range(repeat):
-            group = nnx.merge(graph, jax.tree.map(lambda x, place=place: x[place], stacked))
+            group = nnx.merge(graph, jax.tree.map(lambda x, place=place: from_bits(x[place], jnp.bfloat16), stacked))
             for block in group.blocks:
                 if isinstance(block.feed_forward, MoELayer):
                     watching: Any = _Watched(block.feed_forward.router, found)
