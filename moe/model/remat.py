@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from moe.ops.quantize import dequantize_rows, quantize_rows
 from parallel.layout import HOST_MEMORY
 
 
-def rematerialise(layers: Callable, policy: str) -> Callable:
-    """Wraps the function of one scanned group.
+def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
+    """Wraps the function of one scanned group, of a loop of so many `turns`.
 
     "none": every intermediate is kept; most memory, no recomputation.
     "matmuls": outputs of the matrix products with weights are kept, the rest is computed again.
@@ -25,12 +26,16 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     """
     if policy == "none":
         return layers
+    # Forward and backward pass are loops of their own, which keeps XLA from computing once what both compute, unless it
+    # takes a loop apart, which it does with one of a single turn. `prevent_cse` would do so by a barrier, before which
+    # a device's part of the weights waits as a float32 copy to be cast behind it.
+    checkpoint = partial(jax.checkpoint, prevent_cse=turns == 1)
     if policy == "full":
-        return jax.checkpoint(layers)
+        return checkpoint(layers)
     policies = jax.checkpoint_policies
     if policy == "matmuls":
         kept = _with_scaled(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SCALED_PRODUCT))
-        return jax.checkpoint(layers, policy=kept)
+        return checkpoint(layers, policy=kept)
     if policy == "matmuls_on_host":
         offload = _with_scaled(
             policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
@@ -41,9 +46,9 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
                 offload_dst=HOST_MEMORY,
             ),
         )
-        return jax.checkpoint(layers, policy=offload)
+        return checkpoint(layers, policy=offload)
     if policy == "matmuls_fp8":
-        return _kept_in_fp8(rematerialise(layers, "matmuls"))
+        return _kept_in_fp8(rematerialise(layers, "matmuls", turns))
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
 
 

@@ -1,0 +1,196 @@
+"""The train step of Hunyuan-Large compiled for each chip: what its program does not hold, what runs beside what, and
+how much of its arithmetic is the model's. Each check also finds what it is for in a program that was asked to do it.
+
+Needs the CUDA plugin; skipped without. Run as tests/gpu_compile/test_gpu_compile.py is.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import pytest
+
+from experiments.hunyuan_large import experiment
+from moe.model.execution import Execution
+from moe.model.precision import Precision
+from moe.planner.chips import A100, H20, H100, Chip
+from moe.planner.compile import Compiled, compile_job
+from moe.planner.count import count
+from moe.planner.hlo import Module, parse
+from moe.planner.job import Job
+from moe.planner.plan import model_size
+from moe.planner.routing import routed_rows
+from moe.planner.work import Work
+from parallel.layout import LayoutConfig
+from parallel.mesh import MeshConfig
+from parallel.network.cluster import Cluster
+from tests.gpu_compile.program import arrays_over, copies, kernel_calls, products_of, synchronous, unhidden
+from tests.gpu_compile.target import needs_plugin
+
+pytestmark = needs_plugin
+
+MODEL = experiment.model
+D, F, N, T = MODEL.d_model, MODEL.d_expert, MODEL.num_heads, experiment.data.sequence_length
+WHOLE = Job(
+    "train", MODEL, experiment.data.batch_size, T, optimizer=experiment.optimizer, steps=experiment.training.steps,
+    mesh=experiment.mesh, execution=experiment.execution,
+)  # fmt: skip
+"""The experiment itself: all layers, on 512 GPUs, each with one expert of every layer."""
+FEW = replace(
+    WHOLE, model=replace(MODEL, num_layers=4), batch_size=64, mesh=MeshConfig(data=16, expert=4), execution=Execution()
+)
+"""Four of its layers, of which each GPU has four experts; nothing is recomputed."""
+OTHERWISE = replace(
+    FEW, model=replace(MODEL, num_layers=2), layout=LayoutConfig(zero=1), precision=Precision(compute="float32"),
+    execution=Execution(attention="dense", grouped_matmul="ragged"),
+)  # fmt: skip
+"""As it must not be: products over all experts, scores of all heads, float32 weights, and these gathered at once."""
+CHIPS = (H20, H100, A100)
+SMALL = 1 << 20
+"""Bytes of a collective below which nobody minds when it is sent."""
+
+
+@dataclass(frozen=True)
+class Step:
+    job: Job
+    chip: Chip
+    compiled: Compiled
+
+    @cached_property
+    def module(self) -> Module:
+        return parse(self.compiled.program())
+
+    @cached_property
+    def work(self) -> Work:
+        per_node = Cluster().gpus_per_node
+        return count(self.compiled.program(), self.job.mesh, per_node, routed_rows=routed_rows(self.job, per_node))
+
+    @property
+    def executed_to_model(self) -> float:
+        return self.work.flops * self.job.mesh.num_devices / model_size(self.job)[2]
+
+    @property
+    def experts(self) -> int:
+        """Of one layer on a device."""
+        return self.job.model.num_experts // self.job.mesh.expert
+
+    @property
+    def rows(self) -> int:
+        """Of the buffer on which a device's experts work: from each device that shares them out what its tokens may
+        send here."""
+        capacity = math.ceil(self.job.model.router.capacity_factor * T / self.job.model.num_experts)
+        sequences = self.job.batch_size // self.job.mesh.num_devices
+        return self.job.mesh.expert * sequences * min(T, self.experts * capacity)
+
+    @property
+    def layer_weights(self) -> set[int]:
+        """Numbers in each matrix that a layer uses on a device, and in the embedding."""
+        width = self.job.model.num_kv_heads * self.job.model.head_dim
+        heads = N * self.job.model.head_dim
+        embedding, router = self.job.model.vocab_size * D, D * self.job.model.num_experts
+        return {self.experts * D * F, D * F, D * heads, D * width, router, embedding}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+
+    @cache
+    def compiled(job: Job, chip: Chip = H20) -> Step:
+        cluster = Cluster(nodes=job.mesh.num_devices // Cluster().gpus_per_node)
+        return Step(job, chip, compile_job(job, chip, cluster, cache=folder))
+
+    return compiled
+
+
+@pytest.fixture(scope="module", params=CHIPS, ids=lambda chip: chip.name)
+def whole(request, compiled) -> Step:
+    return compiled(WHOLE, request.param)
+
+
+@pytest.fixture(scope="module", params=CHIPS, ids=lambda chip: chip.name)
+def few(request, compiled) -> Step:
+    return compiled(FEW, request.param)
+
+
+@pytest.fixture(scope="module")
+def otherwise(compiled) -> Step:
+    return compiled(OTHERWISE)
+
+
+def over_all_experts(step: Step) -> list[str]:
+    """Products of all rows with all experts of the device."""
+    return products_of(step.module, 2.0 * step.experts * step.rows * D * F)
+
+
+def rows_times_experts(step: Step) -> list[str]:
+    """Arrays as large as all rows for each expert of the device."""
+    return arrays_over(step.module, step.rows, step.experts * step.rows * D)
+
+
+def scores(step: Step) -> list[str]:
+    """Arrays as large as the scores of all heads."""
+    return arrays_over(step.module, T, N * T * T)
+
+
+def expert_copies(step: Step, dtype: str) -> list[str]:
+    """What the program stores of the experts' weights in this format, beside the parameters themselves."""
+    found = copies(step.module, lambda name: name.startswith("state.params") and "['experts']" in name)
+    return [f"{each.instruction.name} {shape}" for each, shape in found if shape.dtype == dtype]
+
+
+def gathered(step: Step) -> list[tuple[str, int]]:
+    """Weights as they are gathered, and how many numbers each has."""
+    found = copies(step.module, lambda name: name.startswith("state.params"))
+    return [
+        (f"{each.instruction.name} {shape}", shape.elements)
+        for each, shape in found
+        if each.instruction.opcode in ("all-gather", "all-gather-start")
+    ]
+
+
+def kept_weights(step: Step) -> list[str]:
+    """Stored copies of the weights of more than a layer."""
+    found = copies(step.module, lambda name: name.startswith("state.params"))
+    return [f"{each.instruction.name} {shape}" for each, shape in found if shape.elements > max(step.layer_weights)]
+
+
+def test_no_product_is_over_all_experts(few, otherwise):
+    assert over_all_experts(few) == []
+    assert over_all_experts(otherwise)
+
+
+def test_no_array_is_all_rows_for_each_expert(few, otherwise):
+    assert rows_times_experts(few) == []
+    assert rows_times_experts(otherwise)
+
+
+def test_the_experts_products_are_one_kernel_each(few, otherwise):
+    calls = kernel_calls(few.module, "__gpu$xla.gpu.triton")
+    rows, weights = ([name for name in calls if f"grouped_matmul_{over}" in name] for over in ("rows", "weights"))
+    # Gate, up and down of each layer; and of each again the gradient of its rows, and of its matrices.
+    loops = {few.job.model.num_layers * 3 // parts for parts in (1, 2)}
+    assert len(weights) in loops
+    assert len(rows) == 2 * len(weights)
+    assert not kernel_calls(otherwise.module, "__gpu$xla.gpu.triton")
+
+
+def test_attention_is_cudnns(whole, otherwise):
+    assert kernel_calls(whole.module, "__cudnn$fmha")
+    assert scores(whole) == []
+    assert not kernel_calls(otherwise.module, "__cudnn$fmha")
+    assert scores(otherwise)
+
+
+def test_experts_have_no_float32_copies(whole, otherwise):
+    assert expert_copies(whole, "bf16")
+    assert expert_copies(whole, "f32") == []
+    assert expert_copies(otherwise, "f32")
+
+
+def test_no_more_is_gathered_than_a_layer_uses(whole, otherwise):
+    sizes = {size for _, size in gathered(whole)}
+    assert sizes == whole.layer_weights
+    assert kept_weights(whole) == []
+    assert any(size not in otherwise.layer_weights for _, size in gathered(otherwise))
+    assert kept_weights(otherwise)
