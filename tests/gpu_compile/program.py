@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moe.planner.hlo import Computation, Instruction, Module, Shape
 from moe.planner.kernels import Kernels
+from moe.planner.transfers import COLLECTIVES
 from moe.planner.work import Event, Loop, Run, Start, Transfer, Wait
 
 ELSEWHERE = ("while", "call", "conditional")
@@ -59,14 +60,10 @@ def products_of(module: Module, flops: float) -> list[str]:
     return [f"{each.instruction.name} {product}" for each, product in found if product.flops >= flops]
 
 
-def arrays_over(module: Module, length: int, elements: int) -> list[str]:
-    """Stored arrays of at least so many numbers of which a dimension is a multiple of `length`."""
-    return [
-        f"{each.instruction.name} {shape}"
-        for each in stored(module)
-        for shape in each.shapes
-        if shape.elements >= elements and any(size % length == 0 for size in shape.dims)
-    ]
+def arrays_of(module: Module, sizes: set[int]) -> list[str]:
+    """Stored arrays of exactly so many numbers."""
+    found = ((each.instruction.name, shape) for each in stored(module) for shape in each.shapes)
+    return [f"{name} {shape}" for name, shape in found if shape.elements in sizes]
 
 
 def kernel_calls(module: Module, target: str) -> list[str]:
@@ -75,16 +72,11 @@ def kernel_calls(module: Module, target: str) -> list[str]:
 
 
 def synchronous(module: Module, least: int) -> list[str]:
-    """Collectives that send at least so many bytes while nothing else can run."""
-    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+    """Collectives of at least so many bytes that are one instruction, so that nothing can run beside them."""
     return [
         each.instruction.name
         for each in stored(module)
-        if each.instruction.opcode in kinds
-        or (
-            each.instruction.opcode.removesuffix("-start") in kinds
-            and '"is_sync":true' in each.instruction.attributes.get("backend_config", "")
-        )
+        if each.instruction.opcode in COLLECTIVES
         if sum(operand.shape.bytes for operand in each.computation.operands(each.instruction)) >= least
     ]
 

@@ -31,27 +31,29 @@ LOOPED = """HloModule step, is_scheduled=true
   ROOT %yes = pred[] constant(true)
 }
 
-ENTRY %main (w: f32[6,8,4], x: bf16[6,8,4]) -> bf16[6,8,4] {
+ENTRY %main (w: f32[6,8,4], x: bf16[6,8,4]) -> bf16[24,8,4] {
   %w = f32[6,8,4]{2,1,0} parameter(0), metadata={op_name="w"}
   %x = bf16[6,8,4]{2,1,0} parameter(1), metadata={op_name="x"}
   %first = s32[] constant(0)
   %begin = (s32[], f32[6,8,4]{2,1,0}, bf16[6,8,4]{2,1,0}) tuple(%first, %w, %x)
   %loop = (s32[], f32[6,8,4]{2,1,0}, bf16[6,8,4]{2,1,0}) while(%begin), condition=%more, body=%body
   %last = bf16[6,8,4]{2,1,0} get-tuple-element(%loop), index=2
-  %gather-start = (bf16[6,8,4]{2,1,0}, bf16[12,8,4]{2,1,0}) all-gather-start(%last), dimensions={0}, SYNC
-  ROOT %gather = bf16[12,8,4]{2,1,0} all-gather-done(%gather-start)
+  %gather-start = (bf16[6,8,4]{2,1,0}, bf16[12,8,4]{2,1,0}) all-gather-start(%last), dimensions={0}
+  %gather = bf16[12,8,4]{2,1,0} all-gather-done(%gather-start)
+  ROOT %again = bf16[24,8,4]{2,1,0} all-gather(%gather), dimensions={0}
 }
 """
 OF_WEIGHTS = "%stack = bf16[6,8,4]{2,1,0} dynamic-update-slice(%kept, %small, %turn, %zero, %zero)"
 OF_A_SUM = "%stack = bf16[6,8,4]{2,1,0} dynamic-update-slice(%kept, %twice, %turn, %zero, %zero)"
 
 
-def looped(keep: str, sync: str = "false"):
-    text = LOOPED.replace("KEEP", keep).replace("SYNC", f'backend_config={{"is_sync":{sync}}}')
-    return parse(text)
+def looped(keep: str):
+    return parse(LOOPED.replace("KEEP", keep))
 
 
-@pytest.mark.parametrize(("keep", "further"), [(OF_WEIGHTS, ["stack", "gather-start", "gather"]), (OF_A_SUM, [])])
+@pytest.mark.parametrize(
+    ("keep", "further"), [(OF_WEIGHTS, ["stack", "gather-start", "gather", "again"]), (OF_A_SUM, [])]
+)
 def test_copies_are_followed_through_loops_and_fusions_but_not_through_sums(keep, further):
     found = [(each.instruction.name, str(shape)) for each, shape in copies(looped(keep), lambda name: name == "w")]
     assert [name for name, _ in found] == ["layer", "small", *further]
@@ -59,10 +61,10 @@ def test_copies_are_followed_through_loops_and_fusions_but_not_through_sums(keep
     assert not further or found[3] == ("gather-start", "bf16[12,8,4]")
 
 
-def test_synchronous_collectives_are_those_said_to_be():
-    assert synchronous(looped(OF_A_SUM), 384) == []
-    assert synchronous(looped(OF_A_SUM, "true"), 384) == ["gather-start"]
-    assert synchronous(looped(OF_A_SUM, "true"), 385) == []
+def test_a_collective_of_one_instruction_is_synchronous():
+    bytes_sent = 12 * 8 * 4 * 2
+    assert synchronous(looped(OF_A_SUM), bytes_sent) == ["again"]
+    assert synchronous(looped(OF_A_SUM), bytes_sent + 1) == []
 
 
 def test_a_transfer_is_hidden_by_a_product_between_its_start_and_its_end():
