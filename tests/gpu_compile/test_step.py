@@ -47,7 +47,7 @@ OTHERWISE = replace(
 )  # fmt: skip
 """As it must not be: products over all experts, scores of all heads, float32 weights, and these gathered at once."""
 CHIPS = (H20, H100, A100)
-BARE = {
+BARE_ON_HOPPER = {
     ("all-gather", "data,expert", "forward"), ("all-gather", "data,expert", "backward"),
     ("all-to-all", "expert", "forward"), ("all-to-all", "expert", "backward"),
     ("all-reduce", "replica,data,expert", "backward"),
@@ -55,6 +55,15 @@ BARE = {
 """What is sent while no product runs, as `bare` tells it, of more than half a percent of a step's bytes: the embedding;
 a group's weights in the backward pass, but for its routed experts; rows on their way to experts and back, in part; and
 every sixth gradient of attention and of the shared expert."""
+BARE = {H20: BARE_ON_HOPPER, H100: BARE_ON_HOPPER, A100: BARE_ON_HOPPER | {
+    ("all-gather", "data", "forward"), ("all-gather", "data", "backward"), ("all-reduce", "replica,data", "backward"),
+    ("reduce-scatter", "data,expert", "forward"),
+}}  # fmt: skip
+"""XLA schedules by times that it estimates for Hopper and later alone (xla/service/gpu/model/sol_latency_estimator.cc,
+IsSupportedForModule). On an A100 the routed experts' weights, and some of their gradients, have no product beside
+them."""
+MOST_BARE = {H20: 0.25, H100: 0.25, A100: 0.5}
+"""Share of a step's bytes."""
 SMALL = 1 << 20
 """Bytes of a collective below which nobody minds when it is sent."""
 
@@ -232,13 +241,13 @@ def test_collectives_are_asynchronous(whole):
 
 def test_collectives_run_beside_products(whole, otherwise):
     shares = bare(whole)
-    assert {which for which, share in shares.items() if share > 0.005} <= BARE
-    assert shares.total() < 0.25
+    assert {which for which, share in shares.items() if share > 0.005} <= BARE[whole.chip]
+    assert shares.total() < MOST_BARE[whole.chip]
     assert bare(otherwise).total() > 0.5
 
 
 def test_flops_are_the_models(whole, few, otherwise):
-    # Of what is recomputed nothing is left out, and nothing is computed three times.
+    # Of attention what its mask lets through is counted.
     assert 1.25 < whole.executed_to_model < 1.35
     assert 0.99 < few.executed_to_model < 1.05
     assert otherwise.executed_to_model > 2
