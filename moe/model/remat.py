@@ -27,9 +27,10 @@ def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
     if policy == "none":
         return layers
     # Forward and backward pass are loops of their own, which keeps XLA from computing once what both compute, unless it
-    # takes a loop apart, which it does with one of a single turn. `prevent_cse` would do so by a barrier, before which
-    # a device's part of the weights waits as a float32 copy to be cast behind it.
-    checkpoint = partial(jax.checkpoint, prevent_cse=turns == 1)
+    # takes a loop apart, which it does with one turn, and where weights are gathered a turn ahead with two.
+    # `prevent_cse` would do so by a barrier, before which a device's part of the weights waits as a float32 copy to be
+    # cast behind it.
+    checkpoint = partial(jax.checkpoint, prevent_cse=turns <= 2)
     if policy == "full":
         return checkpoint(layers)
     policies = jax.checkpoint_policies
