@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from parallel.layout import HOST_MEMORY
 from parallel.platform import platform
 
 
-def rematerialise(layers: Callable, policy: str) -> Callable:
-    """Wraps the function of one scanned group.
+def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
+    """Wraps the function of one scanned group, of a loop of so many `turns`.
 
     "none": every intermediate is kept; most memory, no recomputation.
     "matmuls": outputs of the matrix products with weights are kept, the rest is computed again.
@@ -27,12 +28,17 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
     """
     if policy == "none":
         return _kept_as_bits(layers)
+    # Forward and backward pass are loops of their own, which keeps XLA from computing once what both compute, unless it
+    # takes a loop apart, which it does with one turn, and where weights are gathered a turn ahead with two.
+    # `prevent_cse` would do so by a barrier, before which a device's part of the weights waits as a float32 copy to be
+    # cast behind it.
+    checkpoint = partial(jax.checkpoint, prevent_cse=turns <= 2)
     if policy == "full":
-        return _kept_as_bits(jax.checkpoint(layers))
+        return _kept_as_bits(checkpoint(layers))
     policies = jax.checkpoint_policies
     if policy in ("matmuls", "matmuls_fp8"):
         saved = _with_rounded(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT))
-        layers = jax.checkpoint(layers, policy=saved)
+        layers = checkpoint(layers, policy=saved)
         return _kept_as_bits(layers) if policy == "matmuls" else _kept(layers, _to_fp8, _from_fp8)
     if policy == "matmuls_on_host":
         offload = _with_rounded(
@@ -44,7 +50,7 @@ def rematerialise(layers: Callable, policy: str) -> Callable:
                 offload_dst=HOST_MEMORY,
             ),
         )
-        return jax.checkpoint(layers, policy=offload)
+        return checkpoint(layers, policy=offload)
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
 
 

@@ -236,7 +236,8 @@ class GroupScan(NamedTuple):
             return (output.x_BTD, cache), (output.stats, inputs_PBTD)
 
         of_groups = (tuple(parts), landing, jnp.arange(self.repeat))
-        (x_BTD, cache), found = jax.lax.scan(rematerialise(group, self.remat), (x_BTD, cache), of_groups)
+        step = rematerialise(group, self.remat, self.repeat)
+        (x_BTD, cache), found = jax.lax.scan(step, (x_BTD, cache), of_groups)
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD
 

@@ -51,11 +51,19 @@ _PREFETCH = (
     ),
 )  # fmt: skip
 """Flags by which a scan's exchanges run beside the layer before."""
+_GATHERED_AT_ONCE = 4 << 30
+"""Bytes of weights up to which the gathers of a scan's turn are one collective, where the turn before computes beside
+it. The scheduler has one collective under way at a time: of many gathers only the last would run beside arithmetic."""
 
 
 def xla_flags(cluster: Cluster) -> tuple[Setting, ...]:
     """XLA's flags that overlap the exchange with arithmetic and size its messages."""
     threshold = str(combine_threshold(cluster))
+    gathers = (
+        (str(_GATHERED_AT_ONCE), "combines what the scan's next layer gathers: one collective hides behind this layer")
+        if cluster.prefetch
+        else (threshold, f"combines gathers up to {combine_threshold(cluster) >> 20} MiB")
+    )
     size = f"{combine_threshold(cluster) >> 20} MiB, at which latency is {LATENCY_SHARE:.0%} of a collective's time"
     return (
         Setting(
@@ -68,7 +76,7 @@ def xla_flags(cluster: Cluster) -> tuple[Setting, ...]:
             "a collective that is ready does not wait behind arithmetic",
         ),
         *(_PREFETCH if cluster.prefetch else ()),
-        Setting("xla_gpu_all_gather_combine_threshold_bytes", threshold, f"combines gathers up to {size}"),
+        Setting("xla_gpu_all_gather_combine_threshold_bytes", *gathers),
         Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", threshold, f"combines scatters up to {size}"),
         Setting("xla_gpu_all_reduce_combine_threshold_bytes", threshold, f"combines reductions up to {size}"),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from moe.planner.job import Job
 from moe.planner.lower import lower
 from moe.planner.target import described_mesh
 from parallel.mesh import MeshConfig
+from tests.gpu_compile.program import stored
 from tests.gpu_compile.target import needs_plugin
 
 pytestmark = needs_plugin
@@ -24,9 +25,6 @@ MODEL = ModelConfig(
     vocab_size=V, d_model=D, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, num_experts=4, d_expert=384,
     cla_factor=2, router=RouterConfig(top_k=1),
 )  # fmt: skip
-ELSEWHERE = ("while", "call", "conditional")
-"""Instructions whose computations store what their instructions make; those that others name are fused or applied."""
-NOTHING_STORED = ("tuple", "get-tuple-element", "parameter", "bitcast", *ELSEWHERE)
 
 
 @functools.cache
@@ -44,20 +42,10 @@ def memory(**execution) -> int:
 
 def wide_activations(module: Module) -> list[str]:
     """float32 arrays over the tokens, of D numbers or more for each, that the program stores."""
-    fused = {
-        called.name
-        for computation in module.computations.values()
-        for instruction in computation.instructions.values()
-        if instruction.opcode not in ELSEWHERE
-        for called in module.called(instruction)
-    }
     return [
-        f"{shape} {instruction.op_name}"
-        for computation in module.computations.values()
-        if computation.name not in fused
-        for instruction in computation.instructions.values()
-        if instruction.opcode not in NOTHING_STORED
-        for shape in instruction.shape.leaves
+        f"{shape} {each.instruction.op_name}"
+        for each in stored(module)
+        for shape in each.shapes
         if shape.dtype == "f32" and shape.elements >= B * T * D and any(size % T == 0 for size in shape.dims)
     ]
 
