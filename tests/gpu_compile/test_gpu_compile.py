@@ -32,7 +32,7 @@ def test_attention_compiles_to_cudnns_flash_attention(documents):
     B, T, N, M, H = 2, 1024, 8, 2, 128
 
     def loss(q_BTNH, k_BSMH, v_BSMH, positions_BT, segments_BT):
-        view = View(positions_BT, segments_BT, segments_BT, causal=True, plain=not documents)
+        view = View(positions_BT, segments_BT, segments_BT, causal=True, in_place=True, plain=not documents)
         return cudnn_kernel(q_BTNH, k_BSMH, v_BSMH, view).astype(jnp.float32).sum()
 
     bf16, i32 = jnp.bfloat16, jnp.int32

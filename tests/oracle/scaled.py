@@ -1,6 +1,7 @@
 """Products in 8 bits, told anew in numpy: a table of numbers, a key for each value's scale, float64 sums."""
 
 import math
+import struct
 from itertools import product
 
 import numpy as np
@@ -42,7 +43,21 @@ def scale(largest: float, format: str) -> float:
     return 2.0 ** (exponent - (fraction == 0.5))
 
 
-def rounded(x: np.ndarray, format: str, keys: np.ndarray | int) -> np.ndarray:
+def chance(value: float) -> float:
+    """From 0 to below 1: 16 bits of MurmurHash3's finalizer of a float32's bits."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * factor % 2**32
+    return (bits >> 16) / 2**16
+
+
+def below_or_above(x: np.ndarray, divided: np.ndarray) -> np.ndarray:
+    """int8's number below or above: above as often as it is near."""
+    chances = np.reshape([chance(value) for value in x.flat], x.shape)
+    return np.clip(np.floor((divided + chances).astype(np.float32)), -127, 127)
+
+
+def rounded(x: np.ndarray, format: str, keys: np.ndarray | int, gradient: bool = False) -> np.ndarray:
     """x as the format with scales holds it; values of equal keys share a scale."""
     _, group = np.unique(np.broadcast_to(keys, x.shape), return_inverse=True)
     group = group.reshape(x.shape)
@@ -50,6 +65,8 @@ def rounded(x: np.ndarray, format: str, keys: np.ndarray | int) -> np.ndarray:
     np.maximum.at(largest, group, np.abs(x))
     scales = np.array([scale(value, format) for value in largest])[group]
     divided = (x.astype(np.float32) * (np.float32(1) / scales.astype(np.float32))).astype(np.float64)
+    if gradient and format == "int8":
+        return below_or_above(x, divided) * scales
     return nearest(divided, format) * scales
 
 
@@ -76,12 +93,12 @@ def einsum(spec: str, x, w, dy, format: str, scaling: str):
     a, b = operands.split(",")
     forward, backward = ("int8", "int8") if format == "int8" else ("e4m3", "e5m2")
 
-    def hold(value, own, to, format, weight=False):
-        return rounded(value, format, keys(value.shape, own, to, scaling, weight))
+    def hold(value, own, to, format, weight=False, gradient=False):
+        return rounded(value, format, keys(value.shape, own, to, scaling, weight), gradient)
 
     y = np.einsum(spec, hold(x, a, out, forward), hold(w, b, out, forward, True))
-    dx = np.einsum(f"{out},{b}->{a}", hold(dy, out, a, backward), hold(w, b, a, forward, True))
-    dw = np.einsum(f"{a},{out}->{b}", hold(x, a, b, forward), hold(dy, out, b, backward))
+    dx = np.einsum(f"{out},{b}->{a}", hold(dy, out, a, backward, gradient=True), hold(w, b, a, forward, True))
+    dw = np.einsum(f"{a},{out}->{b}", hold(x, a, b, forward), hold(dy, out, b, backward, gradient=True))
     return y, dx, dw
 
 
@@ -91,11 +108,11 @@ def grouped(x_RD, w_EDF, sizes_E, dy_RF, format: str, scaling: str):
     rows = sum(sizes_E)
     x_RD, dy_RF = (np.where(np.arange(len(v))[:, None] < rows, v, 0) for v in (x_RD, dy_RF))
 
-    def hold(value, own, to, format, weight=False):
-        return rounded(value, format, keys(value.shape, own, to, scaling, weight))
+    def hold(value, own, to, format, weight=False, gradient=False):
+        return rounded(value, format, keys(value.shape, own, to, scaling, weight), gradient)
 
     x_y, x_dw = hold(x_RD, "RD", "RF", forward), hold(x_RD, "RD", "DF", forward)
-    dy_dx, dy_dw = hold(dy_RF, "RF", "RD", backward), hold(dy_RF, "RF", "DF", backward)
+    dy_dx, dy_dw = (hold(dy_RF, "RF", to, backward, gradient=True) for to in ("RD", "DF"))
     y_RF, dx_RD, dw_EDF = np.zeros(dy_RF.shape), np.zeros(x_RD.shape), np.zeros(w_EDF.shape)
     row = 0
     for expert, size in enumerate(sizes_E):

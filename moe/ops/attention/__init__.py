@@ -83,12 +83,13 @@ def _view(
     causal: bool,
 ) -> View:
     (B, T), S = q_BTNH.shape[:2], k_BSMH.shape[1]
-    plain = query_positions_BT is None and segments_BT is None
+    in_place = query_positions_BT is None
+    plain = in_place and segments_BT is None
     if query_positions_BT is None:
         query_positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if segments_BT is None or segments_BS is None:
         segments_BT, segments_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    return View(query_positions_BT, segments_BT, segments_BS, causal, plain)
+    return View(query_positions_BT, segments_BT, segments_BS, causal, in_place, plain)
 
 
 def _check(

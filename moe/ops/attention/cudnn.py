@@ -26,7 +26,11 @@ def cudnn_kernel(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: 
         raise ValueError(f'attention backend "cudnn" takes bfloat16 or float16, not {q_BTNH.dtype}: use "chunked"')
     if view.plain:
         return jax.nn.dot_product_attention(q_BTNH, k_BSMH, v_BSMH, is_causal=view.causal, implementation="cudnn")
-    allowed_BTS = view.mask()
-    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSMH, v_BSMH, mask=allowed_BTS[:, None], implementation="cudnn")
+    # Told that it is causal, the kernel leaves out the keys behind; a mask alone would have it compute all pairs.
+    skips = view.causal and view.in_place
+    allowed_BTS = view._replace(causal=view.causal and not skips).mask()
+    y_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSMH, v_BSMH, mask=allowed_BTS[:, None], is_causal=skips, implementation="cudnn"
+    )
     # The kernel gives the mean of all values to a query that sees no key.
     return jnp.where(allowed_BTS.any(-1)[:, :, None, None], y_BTNH, 0)

@@ -12,6 +12,7 @@ class View(NamedTuple):
     query_positions_BT: i32, the key slot at which a query stands.
     segments_BT, segments_BS: i32, the document of each query and key; 0 is padding, or a cache's empty slot.
     causal: whether keys behind the query's place are hidden.
+    in_place: true where no positions were given, so that query t stands at slot t.
     plain: true where neither positions nor segments were given, so that `causal` says everything.
     """
 
@@ -19,6 +20,7 @@ class View(NamedTuple):
     segments_BT: jax.Array
     segments_BS: jax.Array
     causal: bool
+    in_place: bool
     plain: bool
 
     def mask(self) -> jax.Array:

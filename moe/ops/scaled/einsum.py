@@ -74,7 +74,7 @@ def _backward(spec: str, recipe: Recipe, split: Split, saved, dy: jax.Array):
         dy_dw = dy_dx
         history = next_history(history, (x_largest, w_largest, dy_largest))
     else:
-        dy_dx, dy_dw = (_quantized(recipe, split, dtype, dy, out, into) for into in (a, b))
+        dy_dx, dy_dw = (_quantized(recipe, split, dtype, dy, out, into, gradient=True) for into in (a, b))
     dx, dw = product(f"{out},{b}->{a}", dy_dx, w, dy.dtype), product(f"{a},{out}->{b}", x, dy_dw, dy.dtype)
     return dx, dw, history
 
@@ -82,9 +82,12 @@ def _backward(spec: str, recipe: Recipe, split: Split, saved, dy: jax.Array):
 _einsum.defvjp(_forward, _backward)
 
 
-def _quantized(recipe: Recipe, split: Split, dtype, x: jax.Array, own: str, out: str, *, weight: bool = False):
+def _quantized(
+    recipe: Recipe, split: Split, dtype, x: jax.Array, own: str, out: str, *, weight: bool = False, gradient=False
+):
     """An operand with the axes `own`, for a product whose result has the axes `out`."""
-    return quantize(x, dtype, recipe.shared(own, out, weight=weight), recipe.over(own, out, split))
+    shared, over = recipe.shared(own, out, weight=weight), recipe.over(own, out, split)
+    return quantize(x, dtype, shared, over, gradient=gradient)
 
 
 def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:

@@ -123,7 +123,8 @@ def _backward(recipe: Recipe, products: Products, split: Split, saved, dy_RF: ja
         history = next_history(history, (x_largest, w_largest, dy_largest))
     else:
         dy_dx, dy_dw = (
-            quantize(dy_RF, dtype, recipe.shared("RF", out), recipe.over("RF", out, split)) for out in ("RD", "DF")
+            quantize(dy_RF, dtype, recipe.shared("RF", out), recipe.over("RF", out, split), gradient=True)
+            for out in ("RD", "DF")
         )
     dx_RD = owned(products.rows(dy_dx, w, sizes_E, 1, dy_RF.dtype), sizes_E)
     return dx_RD, products.weights(x, dy_dw, sizes_E, dy_RF.dtype), None, history

@@ -28,7 +28,7 @@ def quantize_delayed(x: jax.Array, dtype: DTypeLike, history: jax.Array, which: 
     """x in the format by the scale of its past, cut off beyond it; and its present largest magnitude."""
     largest, seen = largest_magnitude(x, (ALL,) * x.ndim), history[which].max()
     scale = scales_for(jnp.where(seen == 0, _PRESUMED[which], seen), dtype).reshape(largest.shape)
-    values = rounded(x, scale, dtype)
+    values = rounded(x, scale, dtype, gradient=which == DY)
     # Cut off is what is finite only.
     return Scaled(values, jnp.where(jnp.isfinite(largest), scale, jnp.nan)), largest.reshape(())
 

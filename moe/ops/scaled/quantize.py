@@ -66,27 +66,45 @@ def scales_for(largest: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 1, scales), jnp.nan)
 
 
-def quantize(x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...], over: tuple[str, ...] = ()) -> Scaled:
-    """The nearest values of the format, of x with its own largest magnitudes as the scales.
+def quantize(
+    x: jax.Array, dtype: DTypeLike, shared: tuple[int, ...], over: tuple[str, ...] = (), *, gradient: bool = False
+) -> Scaled:
+    """Values of the format, of x with its own largest magnitudes as the scales.
 
     Args:
         over: mesh axes, inside `jax.shard_map`, over which what shares a scale goes on.
+        gradient: whether x is one; see `rounded`.
     """
     largest = largest_magnitude(x, shared)
     if over:
         largest = jax.lax.pmax(largest, over)
     scales = scales_for(largest, dtype)
-    return Scaled(rounded(x, scales, dtype), scales)
+    return Scaled(rounded(x, scales, dtype, gradient=gradient), scales)
 
 
-def rounded(x: jax.Array, scales: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x · (1 / scales) in the format, ties to even; finite values beyond its largest become that."""
+def rounded(x: jax.Array, scales: jax.Array, dtype: DTypeLike, *, gradient: bool = False) -> jax.Array:
+    """x · (1 / scales) in the format, the nearest value, ties to even; finite values beyond its largest become that.
+
+    A gradient in int8 becomes the value below or above, so that it is right on average. Of a logit's gradients nearly
+    all are far below 1/254 of the largest: as the nearest they would be zero, and no wrong token's logit would fall.
+    (AQT rounds gradients so, too.)
+    """
     # By the reciprocal, as XLA rewrites quotients in some programs and not in others.
     scaled = x.astype(jnp.float32) * spread(1 / scales, x.shape)
     if dtype == jnp.int8:
-        return jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8)
+        whole = jnp.floor(scaled + _chance(x)) if gradient else jnp.round(scaled)
+        return jnp.clip(whole, -127, 127).astype(jnp.int8)
     top = float(jnp.finfo(dtype).max)
     return jnp.clip(scaled, -top, top).astype(dtype)
+
+
+def _chance(x: jax.Array) -> jax.Array:
+    """f32 from 0 to below 1, evenly: from a value's own bits, which need no key and are the same on every mesh
+    (MurmurHash3's finalizer). Of 16 bits, with which no sum below 128 is rounded."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits >> 16).astype(jnp.float32) * jnp.float32(2.0**-16)
 
 
 def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -19,9 +19,10 @@ class Recipe:
     """Of a product of an activation and a weight, and of the two products of its backward pass.
 
     format: "fp8" is float8_e4m3fn for activations and weights and float8_e5m2 for incoming gradients (arXiv 2209.05433
-        §3); "int8" is that for all three. GPUs have fp8 from compute capability 8.9 on (H20, H100, L20). Before, XLA
-        multiplies dense fp8 in float16, right and no faster, and Triton's kernels (grouped, or of "block") do not
-        compile: an A100 has int8, from 8.0 on.
+        §3); "int8" is that for all three, and gradients are rounded so that they are right on average
+        (`quantize.rounded`). GPUs have fp8 from compute capability 8.9 on (H20, H100, L20). Before, XLA multiplies
+        dense fp8 in float16, right and no faster, and Triton's kernels (grouped, or of "block") do not compile: an A100
+        has int8, from 8.0 on.
     scaling: what shares a scale.
         "tensor": all of an operand (of grouped weights: all of an expert's), from its present largest magnitude.
         "delayed": likewise, from the largest of the last HISTORY_LENGTH steps, so that nothing waits for the present

@@ -79,3 +79,19 @@ def test_fp8_is_widened_exactly():
     exact = np.asarray(scaled.values, np.float64) * np.repeat(np.asarray(scaled.scales, np.float64), 128, 1)
     np.testing.assert_array_equal(np.asarray(widened(scaled), np.float64), exact)
     assert widened(Scaled(scaled.values.astype(jnp.int8), scaled.scales)).dtype == jnp.float32
+
+
+def test_a_gradient_in_int8_is_right_on_average_and_exact_where_it_can_be():
+    random = np.random.default_rng(0)
+    x = np.append(random.uniform(-0.4, 0.4, 100_000), 127).astype(np.float32)
+
+    def held(gradient):
+        return np.asarray(widened(quantize(jnp.asarray(x), jnp.int8, (ALL,), gradient=gradient)))[:-1]
+
+    assert not held(gradient=False).any()
+    for low in np.arange(-0.4, 0.4, 0.1):
+        some = (low <= x[:-1]) & (x[:-1] < low + 0.1)
+        # Four times the spread of a mean of so many.
+        assert abs(held(gradient=True)[some].mean() - x[:-1][some].mean()) < 4 * 0.5 / np.sqrt(some.sum())
+    numbers = jnp.arange(-127.0, 128.0)
+    np.testing.assert_array_equal(quantize(numbers, jnp.int8, (ALL,), gradient=True).values, numbers)
