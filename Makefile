@@ -7,10 +7,10 @@ WORKERS := -n logical --dist loadfile
 # See parallel/large_pages.py; told here, no process has to begin anew.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help train test test-full plan-setup test-gpu-compile test-peers lint bench clean
+.PHONY: help train test test-full plan-setup test-gpu-compile bench-setup test-peers bench-peers lint bench clean
 
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
 # Each stamp is newer than the requirements it installed.
 $(VENV)/installed: requirements.txt
@@ -47,10 +47,18 @@ plan-setup: .venv-plan/installed ## what compiling for GPUs needs, on a machine 
 test-gpu-compile: .venv-plan/installed ## what concerns GPUs: compile for H20s and others, without one
 	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
 
-test-peers: ## compare with Hugging Face's implementations (installs torch into .venv-peers)
-	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+bench-setup: .venv-peers/installed ## what rivals and comparisons need (torch and transformers, into .venv-peers)
+
+.venv-peers/installed: requirements.txt requirements-dev.txt requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+test-peers: .venv-peers/installed ## compare with Hugging Face's implementations
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+
+bench-peers: $(VENV)/installed .venv-peers/installed ## train and decode beside Hugging Face's models, in turns
+	$(RUN) -m benchmarks.peers $(ARGS)
 
 bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
 	$(RUN) -m benchmarks.train_step
