@@ -24,9 +24,8 @@ def test_elsewhere_than_on_cpu_nothing_changes():
         assert from_bits(as_bits(x), x.dtype) is x
 
 
-@pytest.mark.parametrize("bits", [True, False])
-def test_an_update_in_a_loop_stays_in_place_as_bits(bits):
-    """And would not as bfloat16: then the whole array is rounded again in each turn."""
+def is_widened(*, bits: bool) -> bool:
+    """Whether a program that fills an array row by row has all of it in float32."""
 
     def fill(row_D):
         empty = jnp.zeros((R, D), jnp.bfloat16)
@@ -35,4 +34,13 @@ def test_an_update_in_a_loop_stays_in_place_as_bits(bits):
         return from_bits(filled, jnp.bfloat16)
 
     compiled = jax.jit(fill).lower(jax.ShapeDtypeStruct((D,), jnp.bfloat16)).compile()
-    assert (f"f32[{R},{D}]" not in compiled.as_text()) == bits
+    return f"f32[{R},{D}]" in compiled.as_text()
+
+
+def test_an_update_in_a_loop_stays_in_place():
+    assert not is_widened(bits=True)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA moves bfloat16 as it is")
+def test_an_update_that_does_not_would_be_found():
+    assert is_widened(bits=False)

@@ -68,6 +68,10 @@ def dots_of_bfloat16(function) -> int:
 
 def test_no_product_of_bfloat16_is_widened_beforehand():
     assert dots_of_bfloat16(lambda x, w: weight_einsum("BTD,DF->BTF", x, w, local=True)) == 3
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA multiplies bfloat16 by itself")
+def test_a_product_that_is_widened_would_be_found():
     assert dots_of_bfloat16(lambda x, w: jnp.einsum("BTD,DF->BTF", x, w)) == 0
 
 
