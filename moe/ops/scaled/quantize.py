@@ -99,8 +99,8 @@ def rounded(x: jax.Array, scales: jax.Array, dtype: DTypeLike, *, gradient: bool
 
 
 def _chance(x: jax.Array) -> jax.Array:
-    """f32 from 0 to below 1, evenly: from a value's own bits, which need no key and are the same on every mesh
-    (MurmurHash3's finalizer). Of 16 bits, with which no sum below 128 is rounded."""
+    """f32 from 0 to below 1, evenly: from a value's own bits, which need no key (MurmurHash3's finalizer). Where meshes
+    differ in a value's last bit, they may round it differently. Of 16 bits, with which no sum below 128 is rounded."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
