@@ -95,7 +95,7 @@ def _few_rows_product(
     group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
     owned_R1 = (group_R < w_EDF.shape[0])[:, None]
     dims = (((1,), (1 + contract_w,)), ((0,), (0,)))
-    w_RDF = w_EDF[jnp.minimum(group_R, w_EDF.shape[0] - 1)]
+    w_RDF = from_bits(as_bits(w_EDF)[jnp.minimum(group_R, w_EDF.shape[0] - 1)], w_EDF.dtype)
     return jnp.where(owned_R1, jax.lax.dot_general(x_RD, w_RDF, dims, preferred_element_type=dtype), 0)
 
 
