@@ -37,6 +37,7 @@ def decoder(config: ModelConfig, job: Job) -> Take:
     model = Transformer(config, precision, Execution(), rngs=nnx.Rngs(0))
     params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
     weights = Weights(config, precision, SINGLE_DEVICE, params, balance)
+    weights.move_as_bits()
     engine = Engine(weights, slots=job.batch, max_length=job.length + job.answer + 1)
     tokens_BT, _ = draw_tokens(config.vocab_size, job.batch, job.length)
     requests = [(tokens_T.tolist(), Sampling(max_tokens=job.answer + 1)) for tokens_T in tokens_BT]

@@ -59,12 +59,12 @@ it. The scheduler has one collective under way at a time: of many gathers only t
 def xla_flags(cluster: Cluster) -> tuple[Setting, ...]:
     """XLA's flags that overlap the exchange with arithmetic and size its messages."""
     threshold = str(combine_threshold(cluster))
+    size = f"{combine_threshold(cluster) >> 20} MiB, at which latency is {LATENCY_SHARE:.0%} of a collective's time"
     gathers = (
         (str(_GATHERED_AT_ONCE), "combines what the scan's next layer gathers: one collective hides behind this layer")
         if cluster.prefetch
-        else (threshold, f"combines gathers up to {combine_threshold(cluster) >> 20} MiB")
+        else (threshold, f"combines gathers up to {size}")
     )
-    size = f"{combine_threshold(cluster) >> 20} MiB, at which latency is {LATENCY_SHARE:.0%} of a collective's time"
     return (
         Setting(
             "xla_gpu_enable_latency_hiding_scheduler", "true",

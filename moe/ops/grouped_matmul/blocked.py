@@ -61,9 +61,13 @@ def _take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[
 
 
 def _multiply(a: jax.Array, b: jax.Array, contract_b: int, dtype: DTypeLike) -> jax.Array:
-    # See moe/ops/matmul.py.
-    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-    return jax.lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), preferred_element_type=wide).astype(dtype)
+    dims = (((1,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=_summed_in(dtype)).astype(dtype)
+
+
+def _summed_in(dtype: DTypeLike) -> DTypeLike:
+    """At least float32 for floats, for which see moe/ops/matmul.py."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike) -> jax.Array:
@@ -102,7 +106,7 @@ def _few_rows_product(
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
-    x_DR = transposed(x_RD)
+    x_DR, wide = transposed(x_RD), _summed_in(dtype)
 
     def group(_, e):
         end = ends_E[e]
@@ -119,5 +123,4 @@ def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype
         dw_DF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF)
         return None, as_bits(dw_DF.astype(dtype))
 
-    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     return from_bits(jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1], dtype)
