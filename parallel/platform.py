@@ -3,21 +3,45 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import jax
 
-_described: ContextVar[str | None] = ContextVar("described_platform", default=None)
+SHARED_MEMORY = {"7.0": 98_304, "8.0": 166_912, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448}
+"""By compute capability, bytes that one block of threads may take of a multiprocessor's shared memory (CUDA C++
+Programming Guide, table of technical specifications)."""
+
+
+class _Target(NamedTuple):
+    platform: str
+    capability: str
+
+
+_described: ContextVar[_Target | None] = ContextVar("described_target", default=None)
 
 
 def platform() -> str:
     """ "cpu" or "gpu": what backends named "auto" are chosen for."""
-    return _described.get() or jax.default_backend()
+    target = _described.get()
+    return target.platform if target else jax.default_backend()
+
+
+def shared_memory() -> int:
+    """Bytes that one block of a kernel's threads may have of the GPU's shared memory. Of a GPU that is not known as
+    much as every one has from Ampere on."""
+    target = _described.get()
+    capability = target.capability if target else getattr(jax.devices()[0], "compute_capability", "")
+    return SHARED_MEMORY.get(capability, SHARED_MEMORY["8.9"])
 
 
 @contextmanager
-def compiling_for(name: str) -> Iterator[None]:
-    """What is traced inside is for devices of platform `name`, which need not be here."""
-    token = _described.set(name)
+def compiling_for(name: str, capability: str = "") -> Iterator[None]:
+    """What is traced inside is for devices of platform `name`, which need not be here.
+
+    Args:
+        capability: of GPUs, CUDA's compute capability, such as "9.0".
+    """
+    token = _described.set(_Target(name, capability))
     try:
         yield
     finally:

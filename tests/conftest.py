@@ -1,4 +1,5 @@
-"""Every test sees eight virtual CPU devices; meshes of fewer take the first ones."""
+"""Every test sees eight virtual CPU devices; meshes of fewer take the first ones. `make test-gpu` puts a GPU before
+them."""
 
 import os
 
@@ -7,5 +8,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
+from tests.gpu import PLATFORMS
+
+jax.config.update("jax_platforms", os.environ.get(PLATFORMS, "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
+if PLATFORMS in os.environ:
+    # Otherwise products of float32 are taken of rounded operands there.
+    jax.config.update("jax_default_matmul_precision", "highest")

@@ -9,13 +9,13 @@ AMPERE = (8, 0)
 
 
 def backends(chip: Chip, execution: Execution) -> Execution:
-    """`execution` with every "auto" replaced for `chip`.
-
-    From Ampere on: cuDNN's flash attention (its support matrix begins there) and our Triton kernels (XLA compiles
-    Triton "only for Ampere GPUs and up"). Before it: attention in chunks, and jax.lax.ragged_dot, which XLA lowers to a
-    product over all experts of the device, so with one expert a device nothing is lost.
+    """`execution` as it is from Ampere on, where "auto" comes to cuDNN's flash attention (its support matrix begins
+    there) and our Triton kernels (XLA compiles Triton "only for Ampere GPUs and up"). Before it every "auto" is
+    replaced: by attention in chunks, and by jax.lax.ragged_dot, which XLA lowers to a product over all experts of the
+    device, so with one expert a device nothing is lost.
     """
-    modern = chip.capability >= AMPERE
-    attention = execution.attention if execution.attention != "auto" else "cudnn" if modern else "chunked"
-    product = execution.grouped_matmul if execution.grouped_matmul != "auto" else "triton" if modern else "ragged"
+    if chip.capability >= AMPERE:
+        return execution
+    attention = "chunked" if execution.attention == "auto" else execution.attention
+    product = "ragged" if execution.grouped_matmul == "auto" else execution.grouped_matmul
     return replace(execution, attention=attention, grouped_matmul=product)

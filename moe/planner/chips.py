@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from parallel.network.cluster import GpuLink
+from parallel.platform import SHARED_MEMORY
 
 Export = Literal["restricted", "notified", "free"]
 
@@ -78,15 +79,9 @@ class Chip:
         """stream_executor.GpuTargetConfigProto as text: what XLA's compiler asks about the chip."""
         # CUDA 13 assembles for no older chip than Turing, which has no bfloat16 either.
         major, minor = max(self.capability, (7, 5))
-        # The shared memory of a multiprocessor, and what one block may take of it (CUDA C++ Programming Guide, table of
-        # technical specifications by compute capability).
-        per_core, per_block = {
-            (7, 0): (98304, 98304),
-            (8, 0): (167936, 166912),
-            (8, 9): (102400, 101376),
-            (9, 0): (233472, 232448),
-            (10, 0): (233472, 232448),
-        }[self.capability]
+        per_block = SHARED_MEMORY["{}.{}".format(*self.capability)]
+        # The runtime keeps a KiB of each block for itself from Ampere on.
+        per_core = per_block + (1024 if self.capability >= (8, 0) else 0)
         threads = 1536 if self.capability == (8, 9) else 2048
         fpus = 64 if self.capability in ((7, 0), (8, 0)) else 128
         features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""

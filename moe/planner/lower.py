@@ -29,7 +29,7 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
         ValueError: a backend that the chip does not have.
     """
     layout = Layout(mesh.abstract_mesh, job.layout)
-    with compiling_for("gpu"):
+    with compiling_for("gpu", mesh.devices.flat[0].compute_capability):
         return (_lower_training if job.kind == "train" else _lower_serving)(job, layout, mesh)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.attention.chunked import BLOCK, chunked_attention
-from moe.ops.attention.cudnn import cudnn_attention
+from moe.ops.attention.cudnn import FORMATS, cudnn_attention
 from moe.ops.attention.dense import dense_attention
 from moe.ops.attention.view import View
 from parallel.platform import platform
@@ -44,7 +44,8 @@ def attention(
             slots. None where all belong to one document; both or neither.
         softmax: format of the scores where all are held, by "dense"; the others have only float32.
         backend: "dense" holds all scores; "chunked" holds a block of them, and computes them again in the backward
-            pass; "cudnn" is the vendor's flash attention, on NVIDIA GPUs; "auto" takes the fastest for the platform.
+            pass; "cudnn" is the vendor's flash attention, on NVIDIA GPUs; "auto" takes the fastest for platform and
+            dtype.
 
     Returns:
         y_BTNH of q's dtype.
@@ -55,8 +56,7 @@ def attention(
     _check(q_BTNH, k_BSMH, v_BSMH, query_positions_BT, segments_BT, segments_BS)
     view = _view(q_BTNH, k_BSMH, query_positions_BT, segments_BT, segments_BS, causal)
     if backend == "auto":
-        scores = q_BTNH.shape[1] * k_BSMH.shape[1]
-        backend = "cudnn" if platform() == "gpu" else _fastest_on_cpu(scores)
+        backend = _fastest(q_BTNH.shape[1] * k_BSMH.shape[1], q_BTNH.dtype)
     if backend not in _BACKENDS:
         raise ValueError(f"execution.attention={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     if backend == "dense":
@@ -70,7 +70,9 @@ _IN_FLOAT32 = {"chunked": chunked_attention, "cudnn": cudnn_attention}
 _BACKENDS = ("dense", *_IN_FLOAT32)
 
 
-def _fastest_on_cpu(scores_per_head: int) -> Backend:
+def _fastest(scores_per_head: int, dtype: DTypeLike) -> Backend:
+    if platform() == "gpu" and dtype in FORMATS:
+        return "cudnn"
     return "chunked" if scores_per_head >= BLOCK**2 else "dense"
 
 

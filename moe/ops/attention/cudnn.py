@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from moe.ops.attention.view import View
 from parallel.platform import platform
 
+FORMATS = (jnp.bfloat16, jnp.float16)
+
 
 def cudnn_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
     """See `moe.ops.attention.attention`. With documents or positions it holds a mask of B·T·S, shared by all heads.
@@ -22,7 +24,7 @@ def cudnn_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, vie
 
 def cudnn_kernel(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
     """The call itself, unguarded, so that it can be compiled for a GPU on a machine that has none."""
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+    if q_BTNH.dtype not in FORMATS:
         raise ValueError(f'attention backend "cudnn" takes bfloat16 or float16, not {q_BTNH.dtype}: use "chunked"')
     if view.plain:
         return jax.nn.dot_product_attention(q_BTNH, k_BSMH, v_BSMH, is_causal=view.causal, implementation="cudnn")

@@ -4,6 +4,7 @@ Rows are cut into blocks. A block that holds rows of several experts becomes sev
 stores its own expert's rows only, so nothing is padded or copied; there are at most R/block + E - 1 tiles.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -11,10 +12,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from parallel.platform import platform
+from parallel.platform import platform, shared_memory
 
-ROWS = 64
 _WIDTHS = (128, 64, 32, 16)
+_WIDEST = 256
+_STAGES = 3
+_PARAMETERS = plgpu.CompilerParams(num_warps=8, num_stages=_STAGES)
+_TOGETHER = 8
+"""Blocks of rows that are computed side by side, so that they find an expert's columns in the second-level cache."""
 
 
 def triton_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -61,27 +66,63 @@ def width(size: int) -> int:
     raise ValueError(f'grouped_matmul backend "triton": a width of {size} is no multiple of 16, use "ragged"')
 
 
-def tiles(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """i32 by tile: its expert, its first row, and the row after its last one (at most the first: an idle tile)."""
-    num_tiles = pl.cdiv(num_rows, ROWS) + sizes_E.shape[0] - 1
+def height(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile: a power of two from 16 to 128, enough for an expert's rows in the mean. In decoding these are
+    few, and a higher tile would multiply zeros."""
+    mean = -(-num_rows // num_experts)
+    return min(128, max(16, 1 << (mean - 1).bit_length()))
+
+
+def columns_of_tile(size: int, bytes_of_row: int, available: int) -> int:
+    """Columns of an output's tile: 256 where these divide the axis, and where what is loaded at a time for 128 rows and
+    for them fits into the shared memory; else at most 128.
+
+    Args:
+        bytes_of_row: loaded at a time for each row and each column. available: `parallel.platform.shared_memory`.
+    """
+    fits = _STAGES * (128 + _WIDEST) * bytes_of_row <= available
+    return _WIDEST if fits and size % _WIDEST == 0 else width(size)
+
+
+def depth_of_load(size: int, itemsize: int) -> int:
+    """Numbers along the axis that is summed over, loaded at a time: at most 128 bytes."""
+    return min(width(size), 128 // itemsize)
+
+
+def tiles(sizes_E: jax.Array, num_rows: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """i32 by tile: its expert, its first row, and the row after its last one (at most the first: an idle tile).
+
+    Args:
+        rows: of each block, and so at most of each tile.
+    """
+    num_tiles = pl.cdiv(num_rows, rows) + sizes_E.shape[0] - 1
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
     starts_E = ends_E - sizes_E
-    first_block_E = starts_E // ROWS
-    blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // ROWS - first_block_E + 1, 0)
+    first_block_E = starts_E // rows
+    blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // rows - first_block_E + 1, 0)
     tiles_until_E = jnp.cumsum(blocks_E)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(tiles_until_E, tile, side="right"), sizes_E.shape[0] - 1)
     block = first_block_E[expert] + tile - (tiles_until_E - blocks_E)[expert]
-    start = jnp.maximum(starts_E[expert], block * ROWS)
-    end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * ROWS), start)
+    start = jnp.maximum(starts_E[expert], block * rows)
+    end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * rows), start)
     return expert.astype(jnp.int32), start.astype(jnp.int32), end.astype(jnp.int32)
 
 
-def block_of_tile(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inside a kernel: the first row of the block in which a tile lies, and bool [ROWS, 1], which of its rows are the
-    tile's."""
-    first = start // ROWS * ROWS
-    place = first + jnp.arange(ROWS)
+def place_of_program(num_tiles: int, num_columns: int) -> tuple[jax.Array, jax.Array]:
+    """Inside a kernel with a grid of num_tiles * num_columns: the program's tile of rows, and its block of columns.
+    `_TOGETHER` tiles walk along the columns side by side."""
+    program, each = pl.program_id(0), _TOGETHER * num_columns
+    first = program // each * _TOGETHER
+    beside = jnp.minimum(num_tiles - first, _TOGETHER)
+    return first + program % each % beside, program % each // beside
+
+
+def block_of_tile(start: jax.Array, end: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Inside a kernel: the first row of the block of `rows` in which a tile lies, and bool [rows, 1], which of its rows
+    are the tile's."""
+    first = start // rows * rows
+    place = first + jnp.arange(rows)
     return first, ((place >= start) & (place < end))[:, None]
 
 
@@ -89,16 +130,17 @@ def _rows_product(
     x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool, *, transpose_w: bool
 ) -> jax.Array:
     """Each row times its expert's matrix, or the matrix's transpose."""
-    num_rows, depth = x_RD.shape
-    out = w_EDF.shape[1 if transpose_w else 2]
-    deep, wide = min(width(depth), 64), width(out)
-    expert_X, start_X, end_X = tiles(sizes_E, num_rows)
+    (num_rows, depth), out, itemsize = x_RD.shape, w_EDF.shape[1 if transpose_w else 2], x_RD.dtype.itemsize
+    deep, high = depth_of_load(depth, itemsize), height(num_rows, sizes_E.shape[0])
+    wide = columns_of_tile(out, deep * itemsize, shared_memory())
+    expert_X, start_X, end_X = tiles(sizes_E, num_rows, high)
+    grid = expert_X.size, out // wide
 
     def kernel(expert_X, start_X, end_X, x_RD, w_EDF, y_RF):
-        tile, column = pl.program_id(0), pl.program_id(1) * wide
+        tile, column = place_of_program(*grid)
         expert, start, end = expert_X[tile], start_X[tile], end_X[tile]
-        first, mine = block_of_tile(start, end)
-        rows, columns = pl.ds(first, ROWS), pl.ds(column, wide)
+        first, mine = block_of_tile(start, end, high)
+        rows, columns = pl.ds(first, high), pl.ds(column * wide, wide)
 
         def add(i, sum_RF):
             inner = pl.ds(i * deep, deep)
@@ -108,14 +150,14 @@ def _rows_product(
 
         @pl.when(start < end)
         def _():
-            sum_RF = jax.lax.fori_loop(0, depth // deep, add, jnp.zeros((ROWS, wide), jnp.float32))
+            sum_RF = jax.lax.fori_loop(0, depth // deep, add, jnp.zeros((high, wide), jnp.float32))
             plgpu.store(y_RF.at[rows, columns], sum_RF.astype(y_RF.dtype), mask=mine)
 
     y_RF = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_rows, out), x_RD.dtype),
-        grid=(expert_X.size, out // wide),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        grid=(math.prod(grid),),
+        compiler_params=_PARAMETERS,
         interpret=interpret,
         name="grouped_matmul_rows",
     )(expert_X, start_X, end_X, x_RD, w_EDF)
@@ -125,30 +167,31 @@ def _rows_product(
 
 def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
     """[E, D, F] in x's format: the product of each expert's rows of x, transposed, and of dy."""
-    D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
-    deep, wide = min(width(D), 64), min(width(F), 64)
+    D, F, E, itemsize = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0], x_RD.dtype.itemsize
+    high = 128 // itemsize
+    deep, wide = width(D), columns_of_tile(F, high * itemsize, shared_memory())
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def kernel(starts_E, ends_E, x_RD, dy_RF, dw_EDF):
-        expert, row, column = pl.program_id(0), pl.program_id(1) * deep, pl.program_id(2) * wide
+        column, row, expert = pl.program_id(0) * wide, pl.program_id(1) * deep, pl.program_id(2)
         start, end = starts_E[expert], ends_E[expert]
 
         def add(i, sum_DF):
-            first = start + i * ROWS
-            mine = (first + jnp.arange(ROWS) < end)[:, None]
-            rows = pl.ds(first, ROWS)
+            first = start + i * high
+            mine = (first + jnp.arange(high) < end)[:, None]
+            rows = pl.ds(first, high)
             x = plgpu.load(x_RD.at[rows, pl.ds(row, deep)], mask=mine, other=0)
             dy = plgpu.load(dy_RF.at[rows, pl.ds(column, wide)], mask=mine, other=0)
             return sum_DF + plgpu.dot(x, dy, trans_a=True, allow_tf32=False)
 
-        sum_DF = jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), add, jnp.zeros((deep, wide), jnp.float32))
+        sum_DF = jax.lax.fori_loop(0, pl.cdiv(end - start, high), add, jnp.zeros((deep, wide), jnp.float32))
         dw_EDF[expert, pl.ds(row, deep), pl.ds(column, wide)] = sum_DF.astype(dw_EDF.dtype)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((E, D, F), x_RD.dtype),
-        grid=(E, D // deep, F // wide),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        grid=(F // wide, D // deep, E),
+        compiler_params=_PARAMETERS,
         interpret=interpret,
         name="grouped_matmul_weights",
     )((ends_E - sizes_E).astype(jnp.int32), ends_E, x_RD, dy_RF)

@@ -4,6 +4,7 @@ The tiles are those of `moe.ops.grouped_matmul.triton`. Each block's sum is scal
 cores (DeepSeek-V3, arXiv 2412.19437 §3.3.2); where no scale lies along what is summed over, all of it is one block.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from moe.ops.grouped_matmul.triton import ROWS, block_of_tile, tiles, width
+from moe.ops.grouped_matmul.triton import block_of_tile, height, place_of_program, tiles, width
 from moe.ops.scaled.quantize import BLOCK
 from moe.ops.scaled.triton_dot import dot
 
-_PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=3)
+_PARAMETERS = plgpu.CompilerParams(num_warps=8, num_stages=3)
 
 
 def rows_kernel(
@@ -38,15 +39,16 @@ def rows_kernel(
         `dtype` [R, F].
     """
     (num_rows, depth), parts, out = x_RD.shape, scales_RS.shape[1], scales_ESF.shape[2]
-    deep, wide = width(depth // parts), width(out)
+    deep, wide, high = width(depth // parts), width(out), height(num_rows, sizes_E.shape[0])
     steps = depth // parts // deep
-    expert_X, start_X, end_X = tiles(sizes_E, num_rows)
+    expert_X, start_X, end_X = tiles(sizes_E, num_rows, high)
+    grid = expert_X.size, out // wide
 
     def kernel(expert_X, start_X, end_X, x_RD, scales_RS, w_EDF, scales_ESF, y_RF):
-        tile, column = pl.program_id(0), pl.program_id(1) * wide
+        tile, column = place_of_program(*grid)
         expert, start, end = expert_X[tile], start_X[tile], end_X[tile]
-        first, mine = block_of_tile(start, end)
-        rows, columns = pl.ds(first, ROWS), pl.ds(column, wide)
+        first, mine = block_of_tile(start, end, high)
+        rows, columns = pl.ds(first, high), pl.ds(column * wide, wide)
 
         def product(i):
             inner = pl.ds(i * deep, deep)
@@ -66,7 +68,7 @@ def rows_kernel(
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_rows, out), dtype),
-        grid=(expert_X.size, out // wide),
+        grid=(math.prod(grid),),
         compiler_params=_PARAMETERS,
         interpret=interpret,
         name="scaled_grouped_matmul_rows",
@@ -91,11 +93,11 @@ def weights_kernel(
         `dtype` [E, D, F].
     """
     D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
-    deep, wide = min(width(D), 64), width(F)
+    deep, wide = width(D), width(F)
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def kernel(starts_E, ends_E, x_RD, scales_SD, dy_RF, scales_SF, dw_EDF):
-        expert, row, column = pl.program_id(0), pl.program_id(1) * deep, pl.program_id(2) * wide
+        column, row, expert = pl.program_id(0) * wide, pl.program_id(1) * deep, pl.program_id(2)
         start, end = starts_E[expert], ends_E[expert]
         inner, columns = pl.ds(row, deep), pl.ds(column, wide)
 
@@ -123,7 +125,7 @@ def weights_kernel(
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
-        grid=(E, D // deep, F // wide),
+        grid=(F // wide, D // deep, E),
         compiler_params=_PARAMETERS,
         interpret=interpret,
         name="scaled_grouped_matmul_weights",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.grouped_matmul.triton import triton_kernels
+from tests import gpu
 from tests.closeness import assert_trees_equal_to_scale
 
 BACKENDS = {
@@ -16,6 +17,8 @@ BACKENDS = {
     "ragged": partial(grouped_matmul, backend="ragged"),
     "triton, interpreted": lambda x_RD, w_EDF, sizes_E: triton_kernels(x_RD, w_EDF, sizes_E, True),
 }
+if gpu.HERE:
+    BACKENDS = {"triton": partial(grouped_matmul, backend="triton")}
 D, F = 16, 48
 
 
