@@ -3,6 +3,10 @@
     python -m experiments.quality                                   # every mode with 3 seeds, two at a time
     python -m experiments.quality --modes float32,bfloat16 --seeds 1
     python -m experiments.quality --compile --markdown quality.md   # and each step compiled for an H20
+    python -m experiments.quality --init-from runs/quality/base     # every mode goes on from the same trained weights
+
+From scratch two runs that differ by rounding alone end a percent or more apart, since routers decide otherwise early
+on; from the same trained weights a tenth of that is told apart.
 
 Each run is an ordinary run in a folder of its own, runs/quality/MODE-SEED-…, so the command can be stopped and given
 again: what is finished is not run anew. The table tells the final validation loss against float32 with the same seed.
@@ -109,6 +113,9 @@ MODES: dict[str, Settings] = {
 }
 """By name, what a mode changes of `experiment`."""
 
+CONTINUED: Settings = {"optimizer.learning_rate": 3e-4}
+"""What changes of `experiment` where its weights are trained already."""
+
 CURVES = (
     "float32",
     "bfloat16",
@@ -156,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(options, name) < 1:
                 raise ConfigError(f"--{name} {getattr(options, name)}: give at least 1")
         modes = asked_modes(options.modes)
-        tasks = plan_tasks(modes, options.seeds, options.steps, errors)
+        tasks = plan_tasks(modes, options.seeds, common_changes(options), errors)
     except ConfigError as error:
         errors.print(f"[bold red]error:[/] {escaped(error)}")
         return 2
@@ -189,18 +196,29 @@ def asked_modes(names: str | None) -> list[str]:
     return chosen
 
 
-def plan_tasks(modes: list[str], seeds: int, steps: int | None, errors: Console) -> list[Task]:
+def common_changes(options: argparse.Namespace) -> Settings:
+    """What the arguments change of every mode."""
+    length = (
+        {} if options.steps is None else dict.fromkeys(("training.steps", "training.evaluate_every"), options.steps)
+    )
+    begun = {} if options.init_from is None else CONTINUED | {"init_from": options.init_from}
+    return length | begun
+
+
+def plan_tasks(modes: list[str], seeds: int, common: Settings, errors: Console) -> list[Task]:
     """All seeds of a mode, then the next mode's. A mode that the settings do not allow is told and left out.
+
+    Args:
+        common: changes of every mode.
 
     Raises:
         ConfigError: not even the reference can run so.
     """
-    more = {} if steps is None else dict.fromkeys(("training.steps", "training.evaluate_every"), steps)
     tasks = []
     for mode in modes:
         try:
             for seed in range(seeds):
-                changes = MODES[mode] | more | {"training.seed": seed}
+                changes = MODES[mode] | common | {"training.seed": seed}
                 tasks.append(Task(mode, experiment.vary(changes), changes))
         except (ConfigError, LayoutError) as error:
             if mode == "float32":
@@ -264,6 +282,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--modes", metavar="NAMES", help="with commas, or how they begin; by default all")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N-1 (default 3)")
     command.add_argument("--steps", type=int, metavar="N", help=f"of each run (default {experiment.training.steps})")
+    command.add_argument(
+        "--init-from", metavar="DIR", help="a run of the same model, with whose weights every mode begins"
+    )
     command.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (default 2)")
     command.add_argument("--compile", action="store_true", help="compile each step for an H20 and tell its memory")
     command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for the lab book")

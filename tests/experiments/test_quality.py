@@ -16,7 +16,7 @@ QUIET = Console(quiet=True)
 
 
 def test_every_mode_is_a_run_of_its_own_that_the_settings_allow():
-    tasks = quality.plan_tasks(list(quality.MODES), 2, None, QUIET)
+    tasks = quality.plan_tasks(list(quality.MODES), 2, {}, QUIET)
     assert [task.mode for task in tasks[::2]] == list(quality.MODES)
     assert len({task.folder for task in tasks}) == 2 * len(quality.MODES)
 
@@ -30,14 +30,17 @@ def test_modes_are_named_whole_or_by_how_they_begin_and_float32_comes_first():
 
 
 def test_a_command_gives_every_change():
-    (_, task) = quality.plan_tasks(["float32", "fp8 exchange"], 1, 30, QUIET)
+    common = quality.common_changes(quality.parser().parse_args(["--steps=30", "--init-from=runs/base"]))
+    (_, task) = quality.plan_tasks(["float32", "fp8 exchange"], 1, common, QUIET)
     assert {"--set=mesh.expert=4", "--set=precision.exchange=fp8", "--set=training.steps=30"} <= set(task.command)
+    assert "--set=init_from=runs/base" in task.command
     assert task.experiment.training.steps == 30
+    assert task.experiment.optimizer.learning_rate < quality.experiment.optimizer.learning_rate
 
 
 def test_a_mode_that_the_settings_do_not_allow_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(quality.MODES, "impossible", {"precision.compute": "float9"})
-    tasks = quality.plan_tasks(["float32", "impossible"], 1, None, Console())
+    tasks = quality.plan_tasks(["float32", "impossible"], 1, {}, Console())
     assert [task.mode for task in tasks] == ["float32"]
     assert "impossible is left out: precision.compute" in capsys.readouterr().out
 
@@ -91,7 +94,7 @@ def test_pictures_have_a_band_over_the_seeds_and_a_bar_a_mode(tmp_path):
 @pytest.mark.parametrize("mode", quality.MODES)
 def test_a_step_of_every_mode_gives_the_state_that_it_took(mode):
     """Traced, on a mesh without devices."""
-    (*_, task) = quality.plan_tasks(["float32", mode], 1, None, QUIET)
+    (*_, task) = quality.plan_tasks(["float32", mode], 1, {}, QUIET)
     sizes = task.experiment.mesh.sizes
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     blueprint = task.experiment.blueprint(mesh if task.experiment.mesh.num_devices > 1 else None)
