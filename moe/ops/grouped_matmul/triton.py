@@ -16,6 +16,8 @@ from parallel.platform import platform, shared_memory
 
 _WIDTHS = (128, 64, 32, 16)
 _WIDEST = 256
+HIGHEST = 128
+"""Rows of a tile at most."""
 _STAGES = 3
 _PARAMETERS = plgpu.CompilerParams(num_warps=8, num_stages=_STAGES)
 _TOGETHER = 8
@@ -67,20 +69,20 @@ def width(size: int) -> int:
 
 
 def height(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile: a power of two from 16 to 128, enough for an expert's rows in the mean. In decoding these are
-    few, and a higher tile would multiply zeros."""
+    """Rows of a tile: a power of two from 16 to `HIGHEST`, enough for an expert's rows in the mean. In decoding these
+    are few, and a higher tile would multiply zeros."""
     mean = -(-num_rows // num_experts)
-    return min(128, max(16, 1 << (mean - 1).bit_length()))
+    return min(HIGHEST, max(16, 1 << (mean - 1).bit_length()))
 
 
 def columns_of_tile(size: int, bytes_of_row: int, available: int) -> int:
-    """Columns of an output's tile: 256 where these divide the axis, and where what is loaded at a time for 128 rows and
-    for them fits into the shared memory; else at most 128.
+    """Columns of an output's tile: 256 where these divide the axis, and where what is loaded at a time for the highest
+    tile fits into the shared memory; else at most 128.
 
     Args:
         bytes_of_row: loaded at a time for each row and each column. available: `parallel.platform.shared_memory`.
     """
-    fits = _STAGES * (128 + _WIDEST) * bytes_of_row <= available
+    fits = _STAGES * (HIGHEST + _WIDEST) * bytes_of_row <= available
     return _WIDEST if fits and size % _WIDEST == 0 else width(size)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.grouped_matmul.blocked import rows_product, weights_product
+from moe.ops.grouped_matmul.triton import HIGHEST, height
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
 from moe.ops.scaled.quantize import BLOCK, EACH, Scaled, multiplied, quantize, spread, sum_dtype, widened
 from moe.ops.scaled.recipe import Recipe, Split
@@ -166,15 +167,19 @@ def triton_products(*, interpret: bool) -> Products:
         scales_EDF = jnp.swapaxes(w.scales, 1, 2) if contract_w else w.scales
         (R, D), E, F = x.values.shape, sizes_E.shape[0], w.values.shape[2 - contract_w]
         parts = max(x.scales.shape[1], scales_EDF.shape[1])
+        values = w.values
+        if not contract_w and height(R, E) == HIGHEST:
+            # A copy in the layout that tensor cores want. For few rows, as in decoding, it costs more than it saves.
+            values, contract_w = jnp.swapaxes(values, 1, 2), 1
         if parts > 1 and D % BLOCK:
             raise ValueError(f'scaling "block" on a GPU needs widths that divide by {BLOCK}, not {D}: take "row"')
         scales_RS = jnp.broadcast_to(x.scales, (R, parts))
         scales_ESF = jnp.broadcast_to(spread(scales_EDF, (*scales_EDF.shape[:2], F)), (E, parts, F))
-        return rows_kernel(x.values, scales_RS, w.values, scales_ESF, sizes_E, contract_w, dtype, interpret)
+        return rows_kernel(x.values, scales_RS, values, scales_ESF, sizes_E, contract_w, dtype, interpret)
 
     def weights(x: Scaled, dy: Scaled, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
         parts, D, F = x.scales.shape[0], x.values.shape[1], dy.values.shape[1]
         scales_SD, scales_SF = jnp.broadcast_to(x.scales, (parts, D)), jnp.broadcast_to(dy.scales, (parts, F))
-        return weights_kernel(x.values, scales_SD, dy.values, scales_SF, sizes_E, dtype, interpret)
+        return weights_kernel(x.values.T, scales_SD, dy.values.T, scales_SF, sizes_E, dtype, interpret)
 
     return Products(rows, weights)

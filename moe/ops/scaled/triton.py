@@ -1,7 +1,11 @@
 """The grouped products in 8 bits for NVIDIA GPUs: Pallas kernels through Triton, with scales applied in the inner loop.
 
-The tiles are those of `moe.ops.grouped_matmul.triton`. Each block's sum is scaled and added in float32, on the ordinary
-cores (DeepSeek-V3, arXiv 2412.19437 §3.3.2); where no scale lies along what is summed over, all of it is one block.
+The tiles are those of `moe.ops.grouped_matmul.triton`. Tensor cores take 8-bit operands only with what is summed over
+in the last axis of both (PTX ISA, wgmma: a transposed operand is for 16 bits alone); laid out otherwise, Triton turns
+each tile in registers, and a product took five times as long on an H200 (experiments/LOG.md).
+
+Each block's sum is scaled and added in float32, on the ordinary cores (DeepSeek-V3, arXiv 2412.19437 §3.3.2); where no
+scale lies along what is summed over, all of it is one block.
 """
 
 import math
@@ -76,15 +80,15 @@ def rows_kernel(
 
 
 def weights_kernel(
-    x_RD: jax.Array,
+    x_DR: jax.Array,
     scales_SD: jax.Array,
-    dy_RF: jax.Array,
+    dy_FR: jax.Array,
     scales_SF: jax.Array,
     sizes_E: jax.Array,
     dtype: DTypeLike,
     interpret: bool,
 ) -> jax.Array:
-    """The product of each expert's rows of x, transposed, and of dy.
+    """The product of each expert's rows of x, transposed, and of dy. Both are given with the rows along the last axis.
 
     Args:
         scales_SD, scales_SF: f32, of each BLOCK rows, counted from the first of all; or one for all rows.
@@ -92,22 +96,22 @@ def weights_kernel(
     Returns:
         `dtype` [E, D, F].
     """
-    D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
+    D, F, E = x_DR.shape[0], dy_FR.shape[0], sizes_E.shape[0]
     deep, wide = width(D), width(F)
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
-    def kernel(starts_E, ends_E, x_RD, scales_SD, dy_RF, scales_SF, dw_EDF):
+    def kernel(starts_E, ends_E, x_DR, scales_SD, dy_FR, scales_SF, dw_EDF):
         column, row, expert = pl.program_id(0) * wide, pl.program_id(1) * deep, pl.program_id(2)
         start, end = starts_E[expert], ends_E[expert]
         inner, columns = pl.ds(row, deep), pl.ds(column, wide)
 
         def product(i):
             place = i * BLOCK + jnp.arange(BLOCK)
-            mine = ((place >= start) & (place < end))[:, None]
+            mine = ((place >= start) & (place < end))[None, :]
             rows = pl.ds(i * BLOCK, BLOCK)
-            x = plgpu.load(x_RD.at[rows, inner], mask=mine, other=jnp.zeros((), x_RD.dtype))
-            dy = plgpu.load(dy_RF.at[rows, columns], mask=mine, other=jnp.zeros((), dy_RF.dtype))
-            return dot(x, dy, trans_a=True)
+            x = plgpu.load(x_DR.at[inner, rows], mask=mine, other=jnp.zeros((), x_DR.dtype))
+            dy = plgpu.load(dy_FR.at[columns, rows], mask=mine, other=jnp.zeros((), dy_FR.dtype))
+            return dot(x, dy, trans_b=True)
 
         def scaled(sum_DF, s):
             scales_D1 = scales_SD[s, inner][:, None]
@@ -115,7 +119,7 @@ def weights_kernel(
 
         blocks = start // BLOCK, pl.cdiv(end, BLOCK)
         if scales_SD.shape[0] == 1:
-            zeros_DF = jnp.zeros((deep, wide), jnp.int32 if x_RD.dtype == jnp.int8 else jnp.float32)
+            zeros_DF = jnp.zeros((deep, wide), jnp.int32 if x_DR.dtype == jnp.int8 else jnp.float32)
             sum_DF = scaled(jax.lax.fori_loop(*blocks, lambda i, sum_DF: sum_DF + product(i), zeros_DF), 0)
         else:
             zeros_DF = jnp.zeros((deep, wide), jnp.float32)
@@ -129,7 +133,7 @@ def weights_kernel(
         compiler_params=_PARAMETERS,
         interpret=interpret,
         name="scaled_grouped_matmul_weights",
-    )((ends_E - sizes_E).astype(jnp.int32), ends_E, x_RD, scales_SD, dy_RF, scales_SF)
+    )((ends_E - sizes_E).astype(jnp.int32), ends_E, x_DR, scales_SD, dy_FR, scales_SF)
 
 
 def _sum(count: int, term: Callable[[jax.Array | int], jax.Array]) -> jax.Array:
