@@ -8,10 +8,12 @@ multiprocessors, power, exponentials of attention, the second-level cache under 
 import math
 from dataclasses import dataclass
 
+from moe.ops.grouped_matmul.triton import HIGHEST, columns_of_tile
 from moe.planner.channels import Channel, Channels, measured
 from moe.planner.chips import Chip
 from moe.planner.work import Run, Transfer
 from parallel.network.links import Links
+from parallel.platform import SHARED_MEMORY
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 """Output tiles from which a library's product chooses."""
@@ -23,9 +25,16 @@ EXPONENTIALS = 16
 """A multiprocessor's exponentials in a clock (CUDA C++ Programming Guide, throughput of arithmetic instructions)."""
 HEAD_WIDTH = 128
 """Of an attention whose shape is not known."""
-CACHE_RATE = 30
-"""Bytes that the second-level cache gives a multiprocessor in a clock: about 7 TB/s on an H100 (Chips and Cheese,
-Nvidia's H100, 2023, measured 5.7 TB/s on the 114 multiprocessors of the PCIe model), half of what the bus could."""
+HEAD_STEP = 32
+"""Heads are multiplied in widths of this many: of 80 as if they were 96 wide."""
+CACHE_RATE = 33
+"""Bytes that the second-level cache gives a multiprocessor in a clock: 8.6 TB/s on an H200, where grouped products in
+tiles of 64 x 64, 64 x 128 and 128 x 128 took as long as their loads do at that rate (experiments/LOG.md)."""
+PROMOTED_RATE = 1100
+"""Operations in a clock of a multiprocessor whose products have a scale for each block of what is summed over: the
+sums' way through the ordinary cores lets no more through. 290 TFLOP/s on an H200, in fp8 and in int8 alike."""
+FP8_SUMS = 0.7
+"""Share of the rate of int8 that our grouped products in fp8 reach: theirs are added up outside the tensor cores."""
 HOT = 1.0
 """Watts for each bf16 TFLOP/s, below which a chip lowers its clock under products: 0.7 on an H100, 0.4 on a B200, 1.3
 on an A100, 2.7 on an H20."""
@@ -49,23 +58,24 @@ class Efficiency:
     matmul_cool: as `matmul`, where power is no limit. With an A100's last wave (`filling`, 0.95) it gives the 268 of
         312 TFLOP/s measured (stas00/ml-engineering, compute/accelerator, Maximum Achievable Matmul FLOPS); assumed for
         H20, L20, RTX 4090 and V100 as well.
-    grouped: a grouped product's further share, against a plain product of equal shape. Assumed: a tenth is lost at the
-        groups' borders and to their scheduling.
-    grouped_tile: rows and columns of the grouped kernel's output tile, ours (moe/ops/grouped_matmul/triton.py); None
-        for a library's, which chooses.
+    grouped: a library's grouped product's further share, against a plain product of equal shape. Assumed: a tenth is
+        lost at the groups' borders and to their scheduling.
+    grouped_own: the same of our kernels (moe/ops/grouped_matmul/triton.py), beside what their tiles cost; None where a
+        library's are used. On an H200 0.84 for rows and 0.70 for the gradients of matrices.
     attention: share of a product's rate that an attention's products reach, beside the exponentials.
     attention_exposed, attention_exposed_backward: what products do not hide, of a score: exponentials, and in the
-        backward pass what softmax's gradient and its sums cost in their place. With both an H100 reaches 580 TFLOP/s
-        forward and 430 backward, as FlashAttention-3 does for causal heads of 128 at 4K (arXiv 2407.08608, figures 5
-        and 6), and an A100 190 backward, as FlashAttention-2 (arXiv 2307.08691, figure 6).
-    attention_scores: scores computed for each that the mask lets through. Ours are 2: the call to cuDNN is given its
-        mask, with the documents, as an array, so no block is skipped; a kernel that knows of causality has 1.
+        backward pass what softmax's gradient and its sums cost in their place. With both an H200 reaches 465 TFLOP/s
+        forward and 424 backward with causal heads of 128 at 4K, as cuDNN was measured (experiments/LOG.md; backward
+        FlashAttention-3 has 430, arXiv 2407.08608, figure 6), and an A100 190 backward, as FlashAttention-2 (arXiv
+        2307.08691, figure 6).
+    attention_scores: scores' time taken for each that the mask lets through. Ours are 2: the call to cuDNN is given
+        its mask, with the documents, as an array, and took 1.7 to 2.1 times as long as without on an H200.
     host: of the PCIe rate, reached by copies to the host: 25 of 32 GB/s with pinned memory on PCIe 4.
     launch: seconds between one kernel's end and the next one's beginning on a stream.
     parallel_links: whether collectives inside nodes and across them have a stream each. XLA gives all of them one.
     """
 
-    matmul: float = 0.735
+    matmul: float = 0.737
     memory: float = 0.849
     inside: float = 0.802
     across: float = 0.846
@@ -73,9 +83,9 @@ class Efficiency:
     error: float = 0.14
     matmul_cool: float = 0.92
     grouped: float = 0.9
-    grouped_tile: tuple[int, int] | None = (64, 128)
+    grouped_own: float | None = 0.8
     attention: float = 1.0
-    attention_exposed: float = 0.75
+    attention_exposed: float = 1.6
     attention_exposed_backward: float = 5.0
     attention_scores: float = 2.0
     host: float = 0.8
@@ -117,10 +127,13 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
     if run.kind == "matmul":
         return run.flops / (rate * ceiling * (filling(run.shape, chip.sms, TILES) if run.shape else 1.0))
     if run.kind == "grouped_matmul":
-        return run.flops / (ceiling * efficiency.grouped * _grouped_rate(run, chip, efficiency, rate))
+        if efficiency.grouped_own is None:
+            return run.flops / (rate * ceiling * efficiency.grouped * _filling_of_groups(run, chip, TILES))
+        return run.flops / _own_grouped_rate(run, chip, rate * ceiling * efficiency.grouped_own)
     if run.kind == "attention":
-        flops = run.flops * efficiency.attention_scores
+        flops, width = run.flops * efficiency.attention_scores, _head_width(run)
         exponentials = flops * _exposed_scores(run, efficiency) / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
+        flops *= math.ceil(width / HEAD_STEP) * HEAD_STEP / width
         return flops / (rate * ceiling * efficiency.attention) + exponentials
     return run.flops / (chip.fp32 * efficiency.memory)
 
@@ -128,25 +141,39 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
 def _exposed_scores(run: Run, efficiency: Efficiency) -> float:
     """Exponentials that products do not hide, for each of the attention's FLOPs: a score takes two products of the
     head's width, and five in the backward pass."""
-    width = run.shape[3] if run.shape else HEAD_WIDTH
+    width = _head_width(run)
     if run.backward and not run.recomputed:
         return efficiency.attention_exposed_backward / (10 * width)
     return efficiency.attention_exposed / (4 * width)
 
 
-def _grouped_rate(run: Run, chip: Chip, efficiency: Efficiency, rate: float) -> float:
-    """Operations/s: `rate` by how the tiles fill the chip; of our own kernel no more than the second-level cache feeds
-    its tiles."""
-    tile = efficiency.grouped_tile
-    if run.shape is not None:
-        experts, rows, n, k = run.shape
-        each = (experts, math.ceil(rows / experts), n, k)
-        rate *= filling(each, chip.sms, (tile,), cuts=(1,)) if tile else filling(each, chip.sms, TILES)
-    if tile is None:
-        return rate
-    size = 1 if run.format.startswith(("f8", "s8")) else 4 if run.format == "f32" else 2
-    operations_per_byte = 2 * tile[0] * tile[1] / (size * (tile[0] + tile[1]))
-    return min(rate, operations_per_byte * CACHE_RATE * chip.sms * chip.clock * 1e9)
+def _head_width(run: Run) -> int:
+    return run.shape[3] if run.shape else HEAD_WIDTH
+
+
+def _own_grouped_rate(run: Run, chip: Chip, rate: float) -> float:
+    """Operations/s of our kernels: no more than `rate`, and than the second-level cache feeds their tiles."""
+    eight_bits = run.format.startswith(("f8", "s8"))
+    size = 1 if eight_bits else 4 if run.format == "f32" else 2
+    columns = 128
+    if run.shape is not None and not eight_bits and run.shape[2] % 16 == 0:
+        columns = columns_of_tile(run.shape[2], 128, SHARED_MEMORY["{}.{}".format(*chip.capability)])
+    rate *= _filling_of_groups(run, chip, ((HIGHEST, columns),), cuts=(1,))
+    clocks = chip.sms * chip.clock * 1e9
+    if run.format.startswith("f8"):
+        rate *= FP8_SUMS
+    if run.block_scaled:
+        rate = min(rate, PROMOTED_RATE * clocks)
+    operations_per_byte = 2 * HIGHEST * columns / (size * (HIGHEST + columns))
+    return min(rate, operations_per_byte * CACHE_RATE * clocks)
+
+
+def _filling_of_groups(run: Run, chip: Chip, tiles: tuple[tuple[int, int], ...], cuts: tuple[int, ...] = CUTS) -> float:
+    """`filling` of a grouped product with equal groups."""
+    if run.shape is None:
+        return 1.0
+    experts, rows, n, k = run.shape
+    return filling((experts, math.ceil(rows / experts), n, k), chip.sms, tiles, cuts)
 
 
 def filling(

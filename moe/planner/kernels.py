@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe.planner.hlo import Computation, Instruction, Module, Shape, parse_shape
@@ -102,8 +102,9 @@ class Kernels:
         target = instruction.target
         operands = [each.shape for each in computation.operands(instruction)]
         if target.startswith("__cudnn$fmha"):
-            flops = attention_flops(instruction)
-            return self._made(computation, instruction, "attention", flops, operands[0].dtype)
+            B, T, N, H, S = _sizes_of_attention(instruction)
+            flops, shape = attention_flops(instruction), (B * N, T, S, H)
+            return self._made(computation, instruction, "attention", flops, operands[0].dtype, shape)
         if target.startswith(_SORTS):
             return self._made(computation, instruction, "sort", 0.0)
         grouped = _GROUPED.search(instruction.op_name)
@@ -119,15 +120,20 @@ class Kernels:
         x, other = (operands[-4], operands[-2]) if scales else operands[-2:]
         experts = other.dims[0] if over == "rows" else result.dims[0]
         use = purpose(self.module, computation, instruction).use
+        # The scaled kernel of matrices' gradients has the rows along its operands' last axis.
+        held = x.dims[1] if scales and over == "weights" else x.dims[0]
         # Dense products with scales of blocks are that of one group.
-        routed = x.dims[0] if self.routed_rows is None or use != "experts" else self.routed_rows
-        rows = min(x.dims[0], routed)
+        routed = held if self.routed_rows is None or use != "experts" else self.routed_rows
+        rows = min(held, routed)
         deep, wide = (x.dims[1], result.dims[1]) if over == "rows" else (result.dims[1], result.dims[2])
         matrices, moved = (other, result) if over == "rows" else (result, other)
         size = rows * (deep * x.bits + wide * moved.bits) / 8 + matrices.bytes + sum(each.bytes for each in scales)
         flops = 2.0 * rows * deep * wide
         shape = (experts, round(rows), wide, deep)
-        return self._made(computation, instruction, "grouped_matmul", flops, x.dtype, shape, size)
+        run = self._made(computation, instruction, "grouped_matmul", flops, x.dtype, shape, size)
+        # Scales are [rows, parts] and [experts, parts, columns]; of matrices' gradients [parts, columns].
+        parts = scales[0].dims[1 if over == "rows" else 0] if scales else 1
+        return replace(run, block_scaled=parts > 1)
 
     def _made(
         self,
@@ -192,12 +198,17 @@ def attention_flops(instruction: Instruction) -> float:
     where the mask is its causal kind; with an additive mask it computes all pairs.
     """
     backward = "Backward" in instruction.target
-    q, k, *_ = parse_shape(f"({instruction.attributes['operand_layout_constraints'][1:-1]})").parts
-    B, T, N, H = q.dims
-    S = k.dims[1]
+    B, T, N, H, S = _sizes_of_attention(instruction)
     masked = "Bias" in instruction.target or "CAUSAL" in instruction.attributes.get("backend_config", "")
     pairs = T * S - (T * (T - 1) / 2 if masked else 0)
     return (10 if backward else 4) * B * N * H * pairs
+
+
+def _sizes_of_attention(instruction: Instruction) -> tuple[int, int, int, int, int]:
+    """B, T, N, H and S."""
+    q, k, *_ = parse_shape(f"({instruction.attributes['operand_layout_constraints'][1:-1]})").parts
+    B, T, N, H = q.dims
+    return B, T, N, H, k.dims[1]
 
 
 def _dot(lhs: Shape, rhs: Shape, instruction: Instruction) -> Product:

@@ -37,6 +37,7 @@ class Run:
     recomputed: whether it repeats the forward pass for the backward one (rematerialisation).
     backward: whether it belongs to the backward pass.
     source: file:line of the code that asked for it; "" where not known.
+    block_scaled: of a grouped product, whether there is a scale for each block of what is summed over.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Run:
     recomputed: bool = False
     backward: bool = False
     source: str = ""
+    block_scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Transfer:
     recomputed: bool = False
     backward: bool = False
     source: str = ""
+    block_scaled: bool = False
 
 
 @dataclass(frozen=True)

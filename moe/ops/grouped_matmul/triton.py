@@ -131,11 +131,14 @@ def block_of_tile(start: jax.Array, end: jax.Array, rows: int) -> tuple[jax.Arra
 def _rows_product(
     x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool, *, transpose_w: bool
 ) -> jax.Array:
-    """Each row times its expert's matrix, or the matrix's transpose."""
+    """Each row times its expert's matrix, or the matrix's transpose. The padding is one group more, of zeros: to write
+    them afterwards would take another pass over the result."""
     (num_rows, depth), out, itemsize = x_RD.shape, w_EDF.shape[1 if transpose_w else 2], x_RD.dtype.itemsize
-    deep, high = depth_of_load(depth, itemsize), height(num_rows, sizes_E.shape[0])
+    num_experts = sizes_E.shape[0]
+    deep, high = depth_of_load(depth, itemsize), height(num_rows, num_experts)
     wide = columns_of_tile(out, deep * itemsize, shared_memory())
-    expert_X, start_X, end_X = tiles(sizes_E, num_rows, high)
+    padded = jnp.append(sizes_E, num_rows - sizes_E.sum())
+    expert_X, start_X, end_X = tiles(padded, num_rows, high)
     grid = expert_X.size, out // wide
 
     def kernel(expert_X, start_X, end_X, x_RD, w_EDF, y_RF):
@@ -150,12 +153,18 @@ def _rows_product(
             w = plgpu.load(w_EDF.at[expert, columns, inner] if transpose_w else w_EDF.at[expert, inner, columns])
             return sum_RF + plgpu.dot(x, w, trans_b=transpose_w, allow_tf32=False)
 
-        @pl.when(start < end)
+        zeros_RF = jnp.zeros((high, wide), jnp.float32)
+
+        @pl.when((start < end) & (expert < num_experts))
         def _():
-            sum_RF = jax.lax.fori_loop(0, depth // deep, add, jnp.zeros((high, wide), jnp.float32))
+            sum_RF = jax.lax.fori_loop(0, depth // deep, add, zeros_RF)
             plgpu.store(y_RF.at[rows, columns], sum_RF.astype(y_RF.dtype), mask=mine)
 
-    y_RF = pl.pallas_call(
+        @pl.when((start < end) & (expert == num_experts))
+        def _():
+            plgpu.store(y_RF.at[rows, columns], zeros_RF.astype(y_RF.dtype), mask=mine)
+
+    return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_rows, out), x_RD.dtype),
         grid=(math.prod(grid),),
@@ -163,8 +172,6 @@ def _rows_product(
         interpret=interpret,
         name="grouped_matmul_rows",
     )(expert_X, start_X, end_X, x_RD, w_EDF)
-    # No tile writes the padding's rows.
-    return jnp.where((jnp.arange(num_rows) < sizes_E.sum())[:, None], y_RF, 0)
 
 
 def _weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
