@@ -7,7 +7,7 @@ WORKERS := -n logical --dist loadfile
 # See parallel/large_pages.py; told here, no process has to begin anew.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help train test test-full plan-setup test-gpu-compile bench-setup test-peers bench-peers lint bench clean
+.PHONY: help train test test-full plan-setup test-gpu-compile test-gpu bench-plan bench-setup test-peers bench-peers lint bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -46,6 +46,13 @@ plan-setup: .venv-plan/installed ## what compiling for GPUs needs, on a machine 
 
 test-gpu-compile: .venv-plan/installed ## what concerns GPUs: compile for H20s and others, without one
 	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
+
+test-gpu: .venv-plan/installed ## what concerns GPUs, on the one at hand: kernels against oracles, steps against CPU's
+	LEVERAGE_TEST_PLATFORMS=cuda,cpu .venv-plan/bin/python -m pytest -k "not refused" tests/gpu \
+		tests/moe/ops/test_grouped_matmul.py tests/moe/ops/scaled/test_contract.py $(ARGS)
+
+bench-plan: .venv-plan/installed ## plans beside what the GPU at hand takes
+	.venv-plan/bin/python -m benchmarks.measured_plan $(ARGS)
 
 bench-setup: .venv-peers/installed ## what rivals and comparisons need (torch and transformers, into .venv-peers)
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe.ops.grouped_matmul import grouped_matmul
-from parallel.platform import compiling_for, platform
+from parallel.platform import SHARED_MEMORY, compiling_for, platform, shared_memory
 
 
 def test_the_described_platform_counts_inside_only():
@@ -14,6 +14,14 @@ def test_the_described_platform_counts_inside_only():
             assert platform() == "cpu"
         assert platform() == "gpu"
     assert platform() == jax.default_backend()
+
+
+def test_shared_memory_is_that_of_the_described_gpu_and_least_where_it_is_not_known():
+    with compiling_for("gpu", "9.0"):
+        assert shared_memory() == SHARED_MEMORY["9.0"]
+    for unknown in ("", "13.7"):
+        with compiling_for("gpu", unknown):
+            assert shared_memory() == min(SHARED_MEMORY[capability] for capability in ("8.0", "8.9", "9.0", "10.0"))
 
 
 def test_a_failure_inside_gives_the_platform_back():

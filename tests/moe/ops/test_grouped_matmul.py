@@ -8,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.ops.grouped_matmul import grouped_matmul
-from moe.ops.grouped_matmul.triton import triton_kernels
+from moe.ops.grouped_matmul.triton import columns_of_tile, height, tiles, triton_kernels
+from parallel.platform import SHARED_MEMORY
 from tests import gpu
 from tests.closeness import assert_trees_equal_to_scale
 
 BACKENDS = {
     "blocked": partial(grouped_matmul, backend="blocked"),
     "ragged": partial(grouped_matmul, backend="ragged"),
-    "triton, interpreted": lambda x_RD, w_EDF, sizes_E: triton_kernels(x_RD, w_EDF, sizes_E, True),
+    "triton": lambda x_RD, w_EDF, sizes_E: triton_kernels(x_RD, w_EDF, sizes_E, not gpu.HERE),
 }
-if gpu.HERE:
-    BACKENDS = {"triton": partial(grouped_matmul, backend="triton")}
 D, F = 16, 48
 
 
@@ -106,6 +105,31 @@ class TestContract:
         assert y_RF.dtype == dw_EDF.dtype == jnp.bfloat16
         # In bfloat16 alone a sum of ones stops at 256.
         assert (np.asarray(dw_EDF, np.float32) == 1024).all()
+
+
+@pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 1, 16), (64, 16, 16), (17 * 4, 4, 32), (4096, 2, 128)])
+def test_tiles_are_as_high_as_an_expert_has_rows(rows, experts, expected):
+    assert height(rows, experts) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "capability", "expected"),
+    [(6400, "9.0", 256), (18_304, "9.0", 128), (6400, "8.0", 256), (6400, "8.9", 128), (48, "9.0", 16)],
+)
+def test_tiles_are_as_wide_as_the_shared_memory_lets_them(size, capability, expected):
+    assert columns_of_tile(size, 128, SHARED_MEMORY[capability]) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=5), rows=st.sampled_from([16, 32]))
+def test_every_row_lies_in_one_tile_of_its_expert(sizes, rows):
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    found = np.full(sum(sizes), -1)
+    for expert, start, end in zip(*map(np.asarray, tiles(jnp.array(sizes), sum(sizes), rows)), strict=True):
+        assert (found[start:end] == -1).all()
+        assert end <= start or start // rows == (end - 1) // rows
+        found[start:end] = expert
+    np.testing.assert_array_equal(found, owner)
 
 
 @pytest.mark.parametrize("backend", ["blocked", "ragged"])

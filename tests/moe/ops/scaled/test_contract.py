@@ -48,16 +48,23 @@ def grouped_with_gradients(recipe, backend):
     return jax.jit(run)
 
 
+def tolerance_of(recipe) -> float:
+    """Hopper's tensor cores keep some 14 bits of a sum of fp8 (DeepSeek-V3, arXiv 2412.19437 §3.3.2)."""
+    return 1e-3 if gpu.HERE and recipe.format == "fp8" else 1e-5
+
+
 def check_einsum(spec, recipe, sizes):
     x, w, dy = arrays(*[tuple(sizes[letter] for letter in part) for part in spec.replace("->", ",").split(",")])
     actual = einsum_with_gradients(spec, recipe)(x, w, dy)
-    assert_trees_equal_to_scale(actual, oracle.einsum(spec, x, w, dy, recipe.format, recipe.scaling))
+    expected = oracle.einsum(spec, x, w, dy, recipe.format, recipe.scaling)
+    assert_trees_equal_to_scale(actual, expected, tolerance_of(recipe))
 
 
 def check_grouped(backend, recipe, sizes, R, D, F):
     x_RD, w_EDF, dy_RF = arrays((R, D), (len(sizes), D, F), (R, F))
     actual = grouped_with_gradients(recipe, backend)(x_RD, w_EDF, np.array(sizes, np.int32), dy_RF)
-    assert_trees_equal_to_scale(actual, oracle.grouped(x_RD, w_EDF, sizes, dy_RF, recipe.format, recipe.scaling))
+    expected = oracle.grouped(x_RD, w_EDF, sizes, dy_RF, recipe.format, recipe.scaling)
+    assert_trees_equal_to_scale(actual, expected, tolerance_of(recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
