@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
-from moe.ops.scaled.partitioned import block_scaled_einsum
+from moe.ops.scaled.partitioned import kernel_einsum
 from moe.ops.scaled.quantize import Scaled, multiplied, quantize, spread, sum_dtype, widened
 from moe.ops.scaled.recipe import Recipe, Split
 from parallel.platform import platform
@@ -93,9 +93,11 @@ def _quantized(
 def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:
     """The einsum of two scaled arrays."""
     left, right, out = _letters(spec)
-    if _scaled_along_the_sum(a, left, out) or _scaled_along_the_sum(b, right, out):
-        if platform() == "gpu":
-            return block_scaled_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
+    scaled_along_the_sum = _scaled_along_the_sum(a, left, out) or _scaled_along_the_sum(b, right, out)
+    # XLA's own kernels of int8 gave wrong sums on an H200 (experiments/LOG.md, 2026-11-26).
+    if platform() == "gpu" and (scaled_along_the_sum or a.values.dtype == jnp.int8):
+        return kernel_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
+    if scaled_along_the_sum:
         return jnp.einsum(spec, widened(a), widened(b), preferred_element_type=jnp.float32).astype(dtype)
     x, w = (a.values, b.values) if platform() == "gpu" else (multiplied(a), multiplied(b))
     # Otherwise tensor cores may drop bits of sums of fp8 (cuBLASLt's fast accumulation; DeepSeek-V3 §3.3.2).

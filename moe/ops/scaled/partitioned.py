@@ -1,4 +1,4 @@
-"""Dense products with scales along what is summed over, for NVIDIA GPUs: the grouped kernel with one group.
+"""Dense products in 8 bits for NVIDIA GPUs, where XLA has no right kernel: the grouped one with one group.
 
 XLA cannot split a kernel's call over a mesh by itself: it is told here which axis of an array is which letter of the
 einsum. Where what is summed over is split, each device sums its part, and the parts are summed in float32.
@@ -17,19 +17,26 @@ from moe.ops.scaled.quantize import BLOCK, Scaled, spread
 from moe.ops.scaled.triton import rows_kernel
 
 
-def block_scaled_einsum(spec: str, a: Scaled, b: Scaled, *, interpret: bool = False) -> jax.Array:
-    """f32: the einsum, whose operands have a scale for each BLOCK along the last axis that is summed over.
+def kernel_einsum(spec: str, a: Scaled, b: Scaled, *, interpret: bool = False) -> jax.Array:
+    """f32: the einsum, whose operands may have a scale for each BLOCK along the last axis that is summed over.
 
     Raises:
-        ValueError: that axis is neither a multiple of BLOCK nor a smaller one of 32, or not the last of both operands.
+        ValueError: with such scales that axis is neither a multiple of BLOCK nor a smaller one of 32; without them the
+            numbers that are summed are no multiple of 32; or the operands are summed over in different orders.
     """
     left, right, out = letters = tuple(spec.replace("->", ",").split(","))
-    last = [[axis for axis in own if axis not in out] for own in (left, right)]
-    size = a.values.shape[left.index(last[0][-1])]
-    if last[0] != last[1] or (size % BLOCK and (size > BLOCK or size % 32)):
+    summed, others = ([axis for axis in own if axis not in out] for own in (left, right))
+    sizes = [a.values.shape[left.index(axis)] for axis in summed]
+    blocks = any(x.scales.shape[own.index(axis)] > 1 for x, own in ((a, left), (b, right)) for axis in summed)
+    if summed != others or (blocks and sizes[-1] % BLOCK and (sizes[-1] > BLOCK or sizes[-1] % 32)):
         raise ValueError(
             f'{spec}: scaling "block" on a GPU sums over the same axes in the same order in both operands, the last of '
-            f'them a multiple of {BLOCK} or a smaller one of 32, not {size}: take "row"'
+            f'them a multiple of {BLOCK} or a smaller one of 32, not {sizes[-1]}: take "row"'
+        )
+    if math.prod(sizes) % 32:
+        raise ValueError(
+            f"{spec}: int8 on a GPU sums over a multiple of 32 numbers, not {math.prod(sizes)}: take fp8, or widths "
+            "and sequences that divide by 32"
         )
     return _over_the_mesh(letters, interpret)(a.values, a.scales, b.values, b.scales)
 
