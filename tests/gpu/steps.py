@@ -1,12 +1,10 @@
-"""Steps of the quality study's model in each of its modes that one device can take, on the platform at hand.
+"""Steps of the quality study's model in one of its modes, on the platform at hand: python -m tests.gpu.steps MODE
 
-python -m tests.gpu.steps FILE     # writes {mode: [[loss, gradient norm] of each step]}
+Writes [[loss, gradient norm] of each step] as the last line.
 """
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,14 +33,5 @@ def losses(mode: Experiment) -> list[list[float]]:
     return found
 
 
-def main() -> None:
-    modes = {name: experiment.vary(changes) for name, changes in MODES.items()}
-    alone = {name: mode for name, mode in modes.items() if mode.mesh.num_devices == 1}
-    # XLA compiles without Python's lock.
-    with ThreadPoolExecutor(8) as pool:
-        found = dict(zip(alone, pool.map(losses, alone.values()), strict=True))
-    Path(sys.argv[1]).write_text(json.dumps(found), "utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(losses(experiment.vary(MODES[sys.argv[1]]))))

@@ -16,21 +16,22 @@ pytestmark = pytest.mark.skipif(not gpu.HERE, reason="needs a GPU: make test-gpu
 ALONE = [name for name, changes in MODES.items() if not changes.keys() & {"mesh.expert", "mesh.data"}]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("steps")
-    processes = {}
-    for platform in ("cpu", "cuda"):
-        environment = os.environ | {"JAX_PLATFORMS": platform, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-        command = [sys.executable, "-m", "tests.gpu.steps", str(folder / platform)]
-        processes[platform] = subprocess.Popen(command, env=environment)
-    assert [process.wait() for process in processes.values()] == [0, 0]
-    return {platform: json.loads((folder / platform).read_text("utf-8")) for platform in processes}
+def losses(mode, platform):
+    environment = os.environ | {
+        "JAX_PLATFORMS": platform,
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, "-m", "tests.gpu.steps", mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("mode", ALONE)
-def test_loss_and_gradients(found, mode):
-    on_cpu, on_gpu = (np.array(found[platform][mode]) for platform in ("cpu", "cuda"))
-    tolerance = 1e-4 if mode == "float32" else 0.02
-    np.testing.assert_allclose(on_gpu[0], on_cpu[0], rtol=tolerance)
-    np.testing.assert_allclose(on_gpu[:, 0], on_cpu[:, 0], rtol=tolerance)
+def test_loss_and_gradients(mode):
+    on_cpu, on_gpu = losses(mode, "cpu"), losses(mode, "cuda")
+    # Rounded differently, routers decide differently for some tokens.
+    loss, gradients = (1e-5, 1e-3) if mode == "float32" else (1e-3, 0.05)
+    np.testing.assert_allclose(on_gpu[:, 0], on_cpu[:, 0], rtol=loss)
+    np.testing.assert_allclose(on_gpu[:, 1], on_cpu[:, 1], rtol=gradients)

@@ -91,9 +91,9 @@ SCALED_ROWS = """  %a = s32[9]{0} parameter(0)
   ROOT %y = bf16[100,32]{1,0} custom-call(%a, %b, %c, %x, %sx, %w, %sw), custom_call_target="TRITON", META"""
 SCALED_WEIGHTS = """  %a = s32[4]{0} parameter(0)
   %b = s32[4]{0} parameter(1)
-  %x = s8[100,64]{1,0} parameter(2)
+  %x = s8[64,100]{1,0} parameter(2)
   %sx = f32[1,64]{1,0} parameter(3)
-  %dy = s8[100,32]{1,0} parameter(4)
+  %dy = s8[32,100]{1,0} parameter(4)
   %sy = f32[1,32]{1,0} parameter(5)
   ROOT %y = bf16[4,64,32]{2,1,0} custom-call(%a, %b, %x, %sx, %dy, %sy), custom_call_target="TRITON", META"""
 
@@ -113,6 +113,7 @@ def test_the_grouped_product_in_8_bits(text, over, format, size):
     assert (run.kind, run.use, run.format, run.shape) == ("grouped_matmul", "experts", format, (4, 60, 32, 64))
     assert run.flops == 2 * 60 * 64 * 32
     assert run.bytes == size
+    assert run.block_scaled == (text == SCALED_ROWS)
 
 
 def test_a_dense_product_by_the_grouped_kernel_has_all_its_rows():
