@@ -133,7 +133,7 @@ def chip_at_hand() -> Chip:
     kind = jax.devices()[0].device_kind
     found = [chip for chip in CHIPS.values() if chip.name.upper() in kind.upper().replace("-", " ").split()]
     if len(found) != 1:
-        raise SystemExit(f"{kind}: none of {', '.join(CHIPS)}; give --chip")
+        raise SystemExit(f"{kind} is none of {', '.join(CHIPS)}: add it to moe/planner/chips.py")
     return found[0]
 
 

@@ -49,7 +49,7 @@ def predict_row(row: Row, efficiency: Efficiency, work: Work | None = None) -> P
     tokens = row.job.tokens
     kernels = replace(
         efficiency,
-        grouped_own=None,
+        grouped_own=False,
         attention=row.attention,
         attention_scores=1.0,
         busy=efficiency.busy if row.eager else 1.0,

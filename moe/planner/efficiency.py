@@ -30,11 +30,13 @@ HEAD_STEP = 32
 CACHE_RATE = 33
 """Bytes that the second-level cache gives a multiprocessor in a clock: 8.6 TB/s on an H200, where grouped products in
 tiles of 64 x 64, 64 x 128 and 128 x 128 took as long as their loads do at that rate (experiments/LOG.md)."""
-PROMOTED_RATE = 1100
-"""Operations in a clock of a multiprocessor whose products have a scale for each block of what is summed over: the
-sums' way through the ordinary cores lets no more through. 290 TFLOP/s on an H200, in fp8 and in int8 alike."""
-FP8_SUMS = 0.7
-"""Share of the rate of int8 that our grouped products in fp8 reach: theirs are added up outside the tensor cores."""
+LOST_CLOCKS = {"s8": 25, "f8": 120}
+LOST_CLOCKS_16 = 103
+LOST_CLOCKS_OF_BLOCKS = 710
+"""Clocks in which a multiprocessor does not multiply, for each million operations of our grouped products: by the
+format, in 16 bits and wider, and with a scale for each block of what is summed over. Beside a plain product of equal
+shape, on an H200 (experiments/LOG.md): sums in fp8, and those of blocks, go through the ordinary cores. A chip with
+slower tensor cores loses as many clocks, and so a smaller share."""
 HOT = 1.0
 """Watts for each bf16 TFLOP/s, below which a chip lowers its clock under products: 0.7 on an H100, 0.4 on a B200, 1.3
 on an A100, 2.7 on an H20."""
@@ -60,8 +62,7 @@ class Efficiency:
         H20, L20, RTX 4090 and V100 as well.
     grouped: a library's grouped product's further share, against a plain product of equal shape. Assumed: a tenth is
         lost at the groups' borders and to their scheduling.
-    grouped_own: the same of our kernels (moe/ops/grouped_matmul/triton.py), beside what their tiles cost; None where a
-        library's are used. On an H200 0.84 for rows and 0.70 for the gradients of matrices.
+    grouped_own: whether grouped products are those of our kernels (moe/ops/grouped_matmul/triton.py); else a library's.
     attention: share of a product's rate that an attention's products reach, beside the exponentials.
     attention_exposed, attention_exposed_backward: what products do not hide, of a score: exponentials, and in the
         backward pass what softmax's gradient and its sums cost in their place. With both an H200 reaches 465 TFLOP/s
@@ -83,7 +84,7 @@ class Efficiency:
     error: float = 0.14
     matmul_cool: float = 0.92
     grouped: float = 0.9
-    grouped_own: float | None = 0.8
+    grouped_own: bool = True
     attention: float = 1.0
     attention_exposed: float = 1.6
     attention_exposed_backward: float = 5.0
@@ -127,9 +128,9 @@ def _arithmetic_seconds(run: Run, chip: Chip, efficiency: Efficiency) -> float:
     if run.kind == "matmul":
         return run.flops / (rate * ceiling * (filling(run.shape, chip.sms, TILES) if run.shape else 1.0))
     if run.kind == "grouped_matmul":
-        if efficiency.grouped_own is None:
-            return run.flops / (rate * ceiling * efficiency.grouped * _filling_of_groups(run, chip, TILES))
-        return run.flops / _own_grouped_rate(run, chip, rate * ceiling * efficiency.grouped_own)
+        if efficiency.grouped_own:
+            return run.flops / _own_grouped_rate(run, chip, rate * ceiling)
+        return run.flops / (rate * ceiling * efficiency.grouped * _filling_of_groups(run, chip, TILES))
     if run.kind == "attention":
         flops, width = run.flops * efficiency.attention_scores, _head_width(run)
         exponentials = flops * _exposed_scores(run, efficiency) / (EXPONENTIALS * chip.sms * chip.clock * 1e9)
@@ -152,7 +153,8 @@ def _head_width(run: Run) -> int:
 
 
 def _own_grouped_rate(run: Run, chip: Chip, rate: float) -> float:
-    """Operations/s of our kernels: no more than `rate`, and than the second-level cache feeds their tiles."""
+    """Operations/s of our kernels: `rate`, by what tiles and lost clocks leave of it; no more than the second-level
+    cache feeds their tiles."""
     eight_bits = run.format.startswith(("f8", "s8"))
     size = 1 if eight_bits else 4 if run.format == "f32" else 2
     columns = 128
@@ -160,10 +162,8 @@ def _own_grouped_rate(run: Run, chip: Chip, rate: float) -> float:
         columns = columns_of_tile(run.shape[2], 128, SHARED_MEMORY["{}.{}".format(*chip.capability)])
     rate *= _filling_of_groups(run, chip, ((HIGHEST, columns),), cuts=(1,))
     clocks = chip.sms * chip.clock * 1e9
-    if run.format.startswith("f8"):
-        rate *= FP8_SUMS
-    if run.block_scaled:
-        rate = min(rate, PROMOTED_RATE * clocks)
+    lost = LOST_CLOCKS_OF_BLOCKS if run.block_scaled else LOST_CLOCKS.get(run.format[:2], LOST_CLOCKS_16)
+    rate = 1 / (1 / rate + 1e-6 * lost / clocks)
     operations_per_byte = 2 * HIGHEST * columns / (size * (HIGHEST + columns))
     return min(rate, operations_per_byte * CACHE_RATE * clocks)
 
