@@ -22,9 +22,10 @@ pytestmark = needs_plugin
 
 
 def compiled(chip, function, *shapes):
-    sharding = NamedSharding(described_mesh(chip, MeshConfig(), 8), PartitionSpec())
+    mesh = described_mesh(chip, MeshConfig(), 8)
+    sharding = NamedSharding(mesh, PartitionSpec())
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-    with compiling_for("gpu"):
+    with compiling_for("gpu", mesh.devices.flat[0].compute_capability):
         return jax.jit(function).lower(*given).compile()
 
 

@@ -1,7 +1,7 @@
 """The grouped product for NVIDIA GPUs: Pallas kernels through Triton, with a table from tiles to experts.
 
 Rows are cut into blocks. A block that holds rows of several experts becomes several tiles, each of which computes and
-stores its own expert's rows only, so nothing is padded or copied; there are at most R/block + E - 1 tiles.
+stores its own expert's rows only, so nothing is padded or copied; there are at most R/block + E tiles.
 """
 
 import math
