@@ -44,8 +44,10 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
 
 
 def _curves(axes: Axes, rows: Sequence[Row]) -> None:
+    """Of the seeds that all of them have: others have other text."""
+    seeds = sorted(set.intersection(*(set(row.curves) for row in rows)))
     for row, colour in zip(rows, COLOURS, strict=False):
-        _band(axes, np.array(list(row.curves.values())), colour, row.mode)
+        _band(axes, np.array([row.curves[seed] for seed in seeds]), colour, row.mode)
     axes.set(
         xlabel="step", ylabel="training loss (nats per token)", title="mean over the seeds, and from least to most"
     )
