@@ -10,7 +10,6 @@ for the GPU itself, which runs it. Both need `make plan-setup`, whose environmen
 import argparse
 import json
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -199,4 +198,4 @@ def _chosen(beginnings: list[str]) -> dict[str, Job]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
