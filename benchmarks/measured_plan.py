@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rivals.job import draw_tokens
 from benchmarks.spread import spread
+from benchmarks.train_step import drawn_batch
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.precision import Precision
 from moe.model.presets import HUNYUAN_LARGE, SPEED_158M
 from moe.planner.chips import CHIPS, Chip
 from moe.planner.job import Job
+from moe.planner.lower import training_step
 from moe.planner.plan import Plan, make_plan
 from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
-from moe.train.state import Blueprint, make_blueprint
-from moe.train.step import make_train_step
+from moe.train.state import Blueprint
 from parallel.layout import SINGLE_DEVICE
 from parallel.network.cluster import Cluster
 
@@ -94,15 +93,8 @@ class Program:
 
 
 def compile_here(job: Job) -> Program:
-    blueprint = make_blueprint(
-        job.model, job.precision, job.execution, job.optimizer, SINGLE_DEVICE, steps=job.steps, lora=job.lora
-    )
-    step: Any = make_train_step(blueprint, seed=0, microbatches=job.microbatches, loss_chunk=job.loss_chunk)
-    B, T = job.batch_size, job.sequence_length
-    tokens_BT, targets_BT = draw_tokens(job.model.vocab_size, B, T)
-    ones_BT = np.ones((B, T), np.int32)
-    places_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    batch = jax.device_put(Batch(tokens_BT, targets_BT, places_BT, ones_BT, ones_BT.astype(np.float32)))
+    blueprint, step = training_step(job, SINGLE_DEVICE)
+    batch = jax.device_put(drawn_batch(job.model.vocab_size, job.batch_size, job.sequence_length))
     return Program(step.lower(blueprint.abstract_state(), batch).compile(), blueprint, batch)
 
 
@@ -171,7 +163,7 @@ def main() -> None:
     parser.add_argument("--cases", help=f"with semicolons, how they begin, of: {'; '.join(CASES)}")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--trace", type=Path, metavar="DIR", help="keep two profiled steps of each case, and its HLO")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="keep a profiled step of each case, and its HLO")
     given = parser.parse_args()
     chosen = CASES if given.cases is None else _chosen(given.cases.split(";"))
     told = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -41,16 +41,21 @@ CONTENDERS: dict[str, tuple[ModelConfig, Precision]] = {
 }
 
 
+def drawn_batch(vocab_size: int, batch: int, length: int) -> Batch:
+    """Random tokens, a document to each sequence."""
+    tokens_BT, targets_BT = draw_tokens(vocab_size, batch, length)
+    positions_BT = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    ones_BT = np.ones((batch, length), np.int32)
+    return Batch(tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(np.float32))
+
+
 def stepper(
     config: ModelConfig, precision: Precision, batch: int = BATCH, length: int = LENGTH
 ) -> tuple[Callable[[], tuple[float, float]], float]:
     """A function that takes one step and returns its seconds and its loss, and the model FLOPs of a token."""
     blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), SINGLE_DEVICE, steps=10_000)
     step = make_train_step(blueprint, seed=0)
-    tokens_BT, targets_BT = draw_tokens(config.vocab_size, batch, length)
-    positions_BT = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    ones_BT = np.ones((batch, length), np.int32)
-    given = Batch(tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(np.float32))
+    given = drawn_batch(config.vocab_size, batch, length)
     state = blueprint.create_state(seed=0)
 
     def take() -> tuple[float, float]:

@@ -3,7 +3,7 @@
     python -m experiments.quality                                   # every mode with 3 seeds, two at a time
     python -m experiments.quality --modes float32,bfloat16 --seeds 1
     python -m experiments.quality --compile --markdown quality.md   # and each step compiled for an H20
-    python -m experiments.quality --init-from runs/quality/base     # every mode goes on from the same trained weights
+    python -m experiments.quality --init-from runs/quality-base     # every mode goes on from the same trained weights
 
 From scratch two runs that differ by rounding alone end a percent or more apart, since routers decide otherwise early
 on; from the same trained weights a tenth of that is told apart.
@@ -198,11 +198,12 @@ def asked_modes(names: str | None) -> list[str]:
 
 def common_changes(options: argparse.Namespace) -> Settings:
     """What the arguments change of every mode."""
-    length = (
-        {} if options.steps is None else dict.fromkeys(("training.steps", "training.evaluate_every"), options.steps)
-    )
-    begun = {} if options.init_from is None else CONTINUED | {"init_from": options.init_from}
-    return length | begun
+    changes: Settings = {}
+    if options.steps is not None:
+        changes |= {"training.steps": options.steps, "training.evaluate_every": options.steps}
+    if options.init_from is not None:
+        changes |= CONTINUED | {"init_from": options.init_from}
+    return changes
 
 
 def plan_tasks(modes: list[str], seeds: int, common: Settings, errors: Console) -> list[Task]:

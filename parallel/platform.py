@@ -31,6 +31,11 @@ def shared_memory() -> int:
     much as every one has from Ampere on."""
     target = _described.get()
     capability = target.capability if target else getattr(jax.devices()[0], "compute_capability", "")
+    return shared_memory_of(capability)
+
+
+def shared_memory_of(capability: str) -> int:
+    """The same by compute capability."""
     return SHARED_MEMORY.get(capability, SHARED_MEMORY["8.9"])
 
 

@@ -75,11 +75,16 @@ class Chip:
         return "free"
 
     @property
+    def compute_capability(self) -> str:
+        """As JAX's devices spell it."""
+        return "{}.{}".format(*self.capability)
+
+    @property
     def target_config(self) -> str:
         """stream_executor.GpuTargetConfigProto as text: what XLA's compiler asks about the chip."""
         # CUDA 13 assembles for no older chip than Turing, which has no bfloat16 either.
         major, minor = max(self.capability, (7, 5))
-        per_block = SHARED_MEMORY["{}.{}".format(*self.capability)]
+        per_block = SHARED_MEMORY[self.compute_capability]
         # The runtime keeps a KiB of each block for itself from Ampere on.
         per_core = per_block + (1024 if self.capability >= (8, 0) else 0)
         threads = 1536 if self.capability == (8, 9) else 2048

@@ -13,7 +13,7 @@ from moe.planner.channels import Channel, Channels, measured
 from moe.planner.chips import Chip
 from moe.planner.work import Run, Transfer
 from parallel.network.links import Links
-from parallel.platform import SHARED_MEMORY
+from parallel.platform import shared_memory_of
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 """Output tiles from which a library's product chooses."""
@@ -159,7 +159,7 @@ def _own_grouped_rate(run: Run, chip: Chip, rate: float) -> float:
     size = 1 if eight_bits else 4 if run.format == "f32" else 2
     columns = 128
     if run.shape is not None and not eight_bits and run.shape[2] % 16 == 0:
-        columns = columns_of_tile(run.shape[2], 128, SHARED_MEMORY["{}.{}".format(*chip.capability)])
+        columns = columns_of_tile(run.shape[2], 128, shared_memory_of(chip.compute_capability))
     rate *= _filling_of_groups(run, chip, ((HIGHEST, columns),), cuts=(1,))
     clocks = chip.sms * chip.clock * 1e9
     lost = LOST_CLOCKS_OF_BLOCKS if run.block_scaled else LOST_CLOCKS.get(run.format[:2], LOST_CLOCKS_16)

@@ -12,7 +12,7 @@ from moe.planner.job import Job
 from moe.serve.engine import Weights, decode, prefill
 from moe.serve.sampling import Sampling, sampling_rows
 from moe.train.data import Batch
-from moe.train.state import make_blueprint
+from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step
 from parallel.layout import Layout
 from parallel.platform import compiling_for
@@ -33,17 +33,23 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
         return (_lower_training if job.kind == "train" else _lower_serving)(job, layout, mesh)
 
 
-def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
+def training_step(job: Job, layout: Layout) -> tuple[Blueprint, Any]:
+    """What a run of `job` plans, and its step: a jitted function of state and batch."""
     blueprint = make_blueprint(
         job.model, job.precision, job.execution, job.optimizer, layout, steps=job.steps, lora=job.lora
     )
-    step: Any = make_train_step(
+    step = make_train_step(
         blueprint,
         seed=0,
         microbatches=job.microbatches,
         virtual_stages=job.virtual_stages,
         loss_chunk=job.loss_chunk,
     )
+    return blueprint, step
+
+
+def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
+    blueprint, step = training_step(job, layout)
     sharding = NamedSharding(mesh, layout.activation_spec("BT"))
     ints, floats = (
         jax.ShapeDtypeStruct((job.batch_size, job.sequence_length), dtype, sharding=sharding)

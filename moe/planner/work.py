@@ -79,7 +79,6 @@ class Transfer:
     recomputed: bool = False
     backward: bool = False
     source: str = ""
-    block_scaled: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rivals.job import draw_tokens
+from benchmarks.train_step import drawn_batch
 from experiments.experiment import Experiment
 from experiments.quality import MODES, experiment
-from moe.train.data import Batch
 from moe.train.step import make_train_step
 
 STEPS = 4
@@ -20,10 +19,8 @@ STEPS = 4
 
 def losses(mode: Experiment) -> list[list[float]]:
     B, T = mode.data.batch_size, mode.data.sequence_length
-    tokens_BT, targets_BT = draw_tokens(mode.model.vocab_size, B, T)
-    places_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    documents_BT = (1 + (places_BT > T // 3)).astype(np.int32)
-    batch = Batch(tokens_BT, targets_BT, places_BT, documents_BT, np.ones((B, T), np.float32))
+    batch = drawn_batch(mode.model.vocab_size, B, T)
+    batch = batch._replace(segments_BT=(1 + (batch.positions_BT > T // 3)).astype(np.int32))
     blueprint = mode.blueprint()
     step: Any = make_train_step(blueprint, seed=0)
     state, found = blueprint.create_state(seed=0), []

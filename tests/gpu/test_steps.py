@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.quality import MODES
+from experiments.quality import MODES, experiment
 from tests import gpu
 
 pytestmark = pytest.mark.skipif(not gpu.HERE, reason="needs a GPU: make test-gpu")
 
-ALONE = [name for name, changes in MODES.items() if not changes.keys() & {"mesh.expert", "mesh.data"}]
+ALONE = [name for name, changes in MODES.items() if experiment.vary(changes).mesh.num_devices == 1]
 
 
 def losses(mode, platform):

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
 from moe.ops.scaled.partitioned import kernel_einsum
-from moe.ops.scaled.quantize import Scaled, multiplied, quantize, spread, sum_dtype, widened
+from moe.ops.scaled.quantize import Scaled, multiplied, quantize, scaled_along_the_sum, spread, sum_dtype, widened
 from moe.ops.scaled.recipe import Recipe, Split
 from parallel.platform import platform
 
@@ -93,11 +93,11 @@ def _quantized(
 def product(spec: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> jax.Array:
     """The einsum of two scaled arrays."""
     left, right, out = _letters(spec)
-    scaled_along_the_sum = _scaled_along_the_sum(a, left, out) or _scaled_along_the_sum(b, right, out)
+    blocks = scaled_along_the_sum(a, left, out) or scaled_along_the_sum(b, right, out)
     # XLA's own kernels of int8 gave wrong sums on an H200 (experiments/LOG.md, 2026-11-26).
-    if platform() == "gpu" and (scaled_along_the_sum or a.values.dtype == jnp.int8):
+    if platform() == "gpu" and (blocks or a.values.dtype == jnp.int8):
         return kernel_einsum(f"{left},{right}->{out}", a, b).astype(dtype)
-    if scaled_along_the_sum:
+    if blocks:
         return jnp.einsum(spec, widened(a), widened(b), preferred_element_type=jnp.float32).astype(dtype)
     x, w = (a.values, b.values) if platform() == "gpu" else (multiplied(a), multiplied(b))
     # Otherwise tensor cores may drop bits of sums of fp8 (cuBLASLt's fast accumulation; DeepSeek-V3 §3.3.2).
@@ -110,10 +110,6 @@ def _letters(spec: str) -> tuple[str, str, str]:
     operands, out = spec.replace(" ", "").split("->")
     a, b = operands.split(",")
     return a, b, out
-
-
-def _scaled_along_the_sum(x: Scaled, own: str, out: str) -> bool:
-    return any(size > 1 for axis, size in zip(own, x.scales.shape, strict=True) if axis not in out)
 
 
 def _onto(x: Scaled, own: str, out: str) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe.ops.scaled.quantize import BLOCK, Scaled, spread
+from moe.ops.scaled.quantize import BLOCK, Scaled, scaled_along_the_sum, spread
 from moe.ops.scaled.triton import rows_kernel
 
 
@@ -27,7 +27,7 @@ def kernel_einsum(spec: str, a: Scaled, b: Scaled, *, interpret: bool = False) -
     left, right, out = letters = tuple(spec.replace("->", ",").split(","))
     summed, others = ([axis for axis in own if axis not in out] for own in (left, right))
     sizes = [a.values.shape[left.index(axis)] for axis in summed]
-    blocks = any(x.scales.shape[own.index(axis)] > 1 for x, own in ((a, left), (b, right)) for axis in summed)
+    blocks = scaled_along_the_sum(a, left, out) or scaled_along_the_sum(b, right, out)
     if summed != others or (blocks and sizes[-1] % BLOCK and (sizes[-1] > BLOCK or sizes[-1] % 32)):
         raise ValueError(
             f'{spec}: scaling "block" on a GPU sums over the same axes in the same order in both operands, the last of '

@@ -107,6 +107,11 @@ def _chance(x: jax.Array) -> jax.Array:
     return (bits >> 16).astype(jnp.float32) * jnp.float32(2.0**-16)
 
 
+def scaled_along_the_sum(x: Scaled, own: str, out: str) -> bool:
+    """Whether x, with the axes `own`, has several scales along what is summed over for a result with the axes `out`."""
+    return any(size > 1 for axis, size in zip(own, x.scales.shape, strict=True) if axis not in out)
+
+
 def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Scales of blocks repeated for each of their values; axes that share one stay 1 long."""
     for axis, size in enumerate(shape):

@@ -92,6 +92,12 @@ def test_grouped_products_lose_clocks_which_count_for_less_where_products_are_sl
     assert share(replace(run, format="f8e4m3fn", block_scaled=True), H100) < share(replace(run, format="s8"), H100) / 2
 
 
+def test_a_chip_of_a_capability_that_is_not_known_has_the_narrower_tiles():
+    own = replace(H100, capability=(12, 0))
+    run = grouped(16_384, 2, 6400, 18_304)
+    assert run_seconds(run, own, CALIBRATED) == run_seconds(run, replace(H100, capability=(8, 9)), CALIBRATED)
+
+
 def test_attention_pays_for_exponentials_where_products_are_fast():
     def share(chip, **change):
         run = replace(Run("fmha", "attention", "attention", 1e12, 1.0, "bf16"), **change)
