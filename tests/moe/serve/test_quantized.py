@@ -29,7 +29,8 @@ def difference(found, expected):
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
 
 
-@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.01), ("fp8", 0.02), ("int4", 0.1), ("nf4", 0.1)])
+# Three bits of mantissa round a weight by 2.6% (root mean square), so fp8 may not be held to less.
+@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.1), ("nf4", 0.1)])
 def test_a_trained_models_logits_stay_close(run, weights, limit):
     expected = HunyuanMoE.from_hf(run)(TOKENS)
     found = difference(HunyuanMoE.from_hf(run, weights=weights)(TOKENS), expected)
