@@ -316,6 +316,11 @@ class Layout:
         """Inside `jax.shard_map`: where this device's `size` entries of an axis split over `tensor` begin."""
         return size * jax.lax.axis_index(self._tensor) if self._tensor else 0
 
+    def first_over_batch(self, size: int) -> jax.Array | int:
+        """Inside `jax.shard_map`: where this device's `size` rows of a batch begin."""
+        parts = self._present(BATCH_AXES)
+        return size * jax.lax.axis_index(parts) if parts else 0
+
     def gather_sequence(self, x_BTD: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the residual stream of all devices of `tensor`."""
         if not (self._tensor and TENSOR_AXIS in self.splits):

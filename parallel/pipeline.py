@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel.layout import STAGE_AXIS
+from parallel.loops import steady_scan
 
 
 class PipelineError(ValueError):
@@ -278,7 +279,7 @@ class _Run:
                 carry = run._backward(carry, dy, number)
             return carry, None
 
-        return jax.lax.scan(tick, carry, jnp.arange(first, end))[0]
+        return steady_scan(tick, carry, jnp.arange(first, end))[0]
 
     def _forward(self, carry: _Carry, number: jax.Array) -> tuple[_Carry, jax.Array]:
         works, local, turn, slot = self._turn(self.schedule.forward, number)

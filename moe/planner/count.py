@@ -5,6 +5,7 @@ with two bodies, and a turn peeled off stands before it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from moe.planner.scopes import purpose
 from moe.planner.traffic import FREE, traffic
 from moe.planner.transfers import COLLECTIVES, Fabric, Journey, collective, to_host
 from moe.planner.work import Event, Loop, Start, Transfer, TransferKind, Wait, Work
+from parallel.loops import TURNS
 from parallel.mesh import MeshConfig
 
 
@@ -99,7 +101,7 @@ class _Counter:
                 yield run
 
     def _loop(self, computation: Computation, each: Instruction) -> Loop:
-        times: float | None = each.trip_count or self._limit(each)
+        times: float | None = each.trip_count or _told(each) or self._limit(each)
         if times is None and purpose(self.module, computation, each).use == "attention":
             times = self.key_blocks
         if times is None:
@@ -172,6 +174,12 @@ def _result(each: Instruction) -> Shape:
     if each.opcode.endswith("-start") and len(each.shape.parts) > 1:
         return each.shape.parts[0] if each.opcode == "copy-start" else each.shape.parts[1]
     return each.shape
+
+
+def _told(each: Instruction) -> int | None:
+    """Of a loop of `parallel.loops`, whose scope says it."""
+    found = re.search(rf"\b{TURNS}(\d+)/while$", each.op_name)
+    return int(found[1]) if found else None
 
 
 def _is_synchronous(each: Instruction) -> bool:

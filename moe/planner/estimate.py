@@ -16,7 +16,6 @@ from moe.planner.job import Job
 from moe.planner.layer_work import Layer, alone, together
 from moe.planner.sizes import Sizes
 from moe.planner.work import Event, Loop, Run, Start, Transfer, TransferKind, Use, Wait, Work
-from parallel.layout import BATCH_AXES
 from parallel.pipeline import Schedule
 
 PARAMETER_PASSES = 4
@@ -144,13 +143,6 @@ class _Step:
         s = self.sizes
         yield from self._embedding()
         yield from (Loop(repeat, group.forward()) for group, repeat in self.groups())
-        if self.job.kind == "prefill":
-            # Rows go to whatever slots are free, so each device is sent the keys and values of all.
-            groups = sum(repeat for _, repeat in self.groups())
-            rows = self.job.batch_size * groups * s.length
-            size = float(rows * max(1, s.model.num_kv_heads // s.tensor) * s.model.head_dim * s.kept)
-            for name in "kv":
-                yield from alone(s.transfer(f"cache.{name}", "attention", "all-gather", BATCH_AXES, size))
         yield from alone(self._gather("head", s.compute))
         yield s.product("logits", "head", s.sequences, s.model.vocab_size // s.tensor, s.model.d_model, out=4)
 

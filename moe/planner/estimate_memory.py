@@ -87,18 +87,17 @@ class _Estimate:
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
-        """A prefill fills a cache of its own before it writes into the given one, and to that end has it whole on every
-        device that takes a part of the batch. Where weights are gathered those of two layers are there: the next one's
-        come while one computes. Of a cache in 8 bits one group's part is widened for its attention."""
+        """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
+        two layers are there: the next one's come while one computes. Of a cache in 8 bits one group's part is widened
+        for its attention."""
         groups = [group for group, _ in self.layers.groups()]
         at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
         layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
         own = self.cache if self.job.kind == "prefill" else 0
-        written = own * self.layout.batch_shards if self.layout.batch_shards > 1 else 0
         return {
             "parameters": self.states.parameters,
             "cache": self.cache,
-            "temporaries": max(layers + self.widened, self.embedding, written) + own,
+            "temporaries": max(layers + self.widened, self.embedding) + own,
         }
 
     # What stays.
@@ -180,17 +179,16 @@ class _Estimate:
             return self.gradients(self.states.specs, self.job.precision.gradients)
         return self.sums if self.job.microbatches > 1 else 0
 
-    @property
-    def interleaved(self) -> int:
+    def interleaved(self, chunks: int) -> int:
         """Chunks of virtual stages lie elsewhere than their layers at rest: the weights are there a second time in
-        their order; and of two chunks a third time, the one that a tick takes forward and the one it takes backward."""
+        their order; and a third time those of chunks in work, one forward and one backward."""
         if self.job.virtual_stages == 1:
             return 0
         at_rest = sum(
             each.dtype.itemsize * numbers(self.layout.stored(each.axes, each.shape), each.shape)
             for each in self.stacked
         )
-        return at_rest + 2 * at_rest // self.job.virtual_stages
+        return at_rest + chunks * at_rest // self.job.virtual_stages
 
     @property
     def sums(self) -> int:
@@ -221,10 +219,15 @@ class _Estimate:
 
     def _at_the_lookup(self) -> dict[Part, int]:
         """The embedding, while the first layers' weights are on their way; a pipeline's tick looks up for its forward
-        and its backward pass at once."""
+        and its backward pass at once. Both take the same weights where a stage has but one group."""
         lookups = 2 if self.layout.stages > 1 else 1
+        gathers = 1 if self.one_group else lookups
         first = max(self.weights(group) for group, _ in self.layers.groups())
-        return {"gradients": self.accumulators, "temporaries": lookups * (self.embedding + first) + self.interleaved}
+        return {
+            "gradients": self.accumulators,
+            "activations": self.inputs,
+            "temporaries": lookups * self.embedding + gathers * first + self.interleaved(2),
+        }
 
     def _at_the_loss(self) -> dict[Part, int]:
         """One chunk's logits and their gradient in float32 and in the compute format; the head's weight; its gradient,
@@ -235,25 +238,28 @@ class _Estimate:
         chunk = min(job.loss_chunk, positions)
         logits = sizes.sequences * chunk * job.model.vocab_size // sizes.tensor
         hidden = 2 * sizes.compute * sizes.tokens * job.model.d_model
+        here = (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden
         return {
             "gradients": (3 if positions > chunk else 1) * self.head_gradient + self.accumulators,
             "activations": self.activations,
-            "temporaries": (8 + sizes.compute) * logits + sizes.compute * self.vocabulary + hidden + self.interleaved,
+            "temporaries": here + self.interleaved(1),
         }
 
     def _in_the_backward_pass(self) -> dict[Part, int]:
-        """Of the layers' gradients the whole stacks are there from its beginning, of a stage's chunk; and the head's. A
-        second one of its size is there where the embedding is the same matrix, zeros to which its gradients are added,
-        or where a microbatch prepares such zeros. A pipeline's head has summed its gradients, and shared them out."""
+        """Of the layers' gradients the whole stacks are there from its beginning, of a stage's chunk, but for those
+        that are put to the host or added up as they come; and the head's. A second one of its size is there where the
+        embedding is the same matrix, zeros to which its gradients are added, or where a microbatch prepares such zeros.
+        A pipeline's head has summed its gradients, and shared them out."""
         again = self.job.model.tie_embeddings or self.job.microbatches > 1
         heads = (2 if again else 1) * self.head_gradient
         if self.layout.stages > 1:
             heads = self.gradients([each for each in self.states.specs if each.axes == "VD"])
-        stacks = 0 if self.job.layout.gradients == "host" else self.gradients(self.stacked) // self.job.virtual_stages
+        at_once = self.one_group or self.job.layout.gradients == "host"
+        stacks = 0 if at_once else self.gradients(self.stacked) // self.job.virtual_stages
         return {
             "gradients": self.accumulators + stacks + heads,
             "activations": self.activations,
-            "temporaries": max(self.backward(group) for group, _ in self.layers.groups()) + self.interleaved,
+            "temporaries": max(self.backward(group) for group, _ in self.layers.groups()) + self.interleaved(1),
         }
 
     def _in_the_update(self) -> dict[Part, int]:
@@ -278,24 +284,38 @@ class _Estimate:
     def activations(self) -> int:
         """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is
         computed again."""
-        kept = sum(count * self.kept(group) for group, count in self.layers.groups())
-        schedule = self.schedule
-        return kept + (schedule.slots * self.sizes.compute * self.layers.stream if schedule else 0)
+        return self.inputs + sum(count * self.kept(group) for group, count in self.layers.groups())
 
     @property
-    def schedule(self) -> Schedule | None:
+    def inputs(self) -> int:
+        """Of chunks, that a pipeline keeps."""
         if self.layout.stages == 1:
-            return None
-        return Schedule(self.layout.stages, self.job.virtual_stages, self.job.microbatches)
+            return 0
+        schedule = Schedule(self.layout.stages, self.job.virtual_stages, self.job.microbatches)
+        return schedule.slots * self.sizes.compute * self.layers.stream
+
+    @property
+    def one_group(self) -> bool:
+        """Whether it is all that a stage of a pipeline computes: no other one's weights come meanwhile."""
+        counts = [count for _, count in self.layers.groups()]
+        return self.layout.stages > 1 and self.job.virtual_stages == 1 and counts == [1]
 
     def kept(self, group: Group) -> int:
         """For the backward pass. Where nothing is computed again that takes in the weights as they were used."""
-        return self.layers.kept(group) + (self.weights(group) if self.job.execution.remat == "none" else 0)
+        weights = self.job.execution.remat == "none" and not self.one_group
+        return self.layers.kept(group) + (self.weights(group) if weights else 0)
 
     def backward(self, group: Group) -> int:
-        """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out."""
+        """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out; without
+        a loop over groups those of one matrix."""
         weights = self.weights(group)
-        return self.layers.backward(group) + weights + weights // len(group)
+        gradients = self.largest_weight if self.one_group else weights // len(group)
+        return self.layers.backward(group) + weights + gradients
+
+    @property
+    def largest_weight(self) -> int:
+        """The largest matrix of a layer in the compute format, gathered."""
+        return self.sizes.compute * max(self._used(each) // each.shape[0] for each in self.specs if _is_stacked(each))
 
 
 def _is_stacked(spec: ParameterSpec) -> bool:

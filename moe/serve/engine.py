@@ -150,26 +150,41 @@ class Engine:
         """
         for prompt, sampling in requests:
             self.check(prompt, sampling)
-        slots = self.free[: len(requests)]
-        assert len(slots) == len(requests), "more requests than free slots"
-        shards = self.weights.layout.batch_shards
-        rows = -(-_power_of_two(len(requests)) // shards) * shards
+        slots, rows, num_rows = self._places(len(requests))
         longest = max(len(prompt) for prompt, _ in requests)
         bucket = min(max(SHORTEST_BUCKET, _power_of_two(longest)), self.max_length)
-        tokens_BT = np.zeros((rows, bucket), np.int32)
-        lengths_B, places_B = np.zeros(rows, np.int32), np.full(rows, self.num_slots, np.int32)
-        for row, ((prompt, _), slot) in enumerate(zip(requests, slots, strict=True)):
+        tokens_BT = np.zeros((num_rows, bucket), np.int32)
+        lengths_B, places_B = np.zeros(num_rows, np.int32), np.full(num_rows, self.num_slots, np.int32)
+        samplings = [Sampling()] * num_rows
+        for (prompt, sampling), slot, row in zip(requests, slots, rows, strict=True):
             tokens_BT[row, : len(prompt)], lengths_B[row], places_B[row] = prompt, len(prompt), slot
-        idle = [Sampling()] * (rows - len(requests))
-        settings = sampling_rows([sampling for _, sampling in requests] + idle, [0] * rows)
+            samplings[row] = sampling
+        settings = sampling_rows(samplings, [0] * num_rows)
         first_B, self._cache = prefill(
             self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
             tokens_BT, lengths_B, places_B, settings,
         )  # fmt: skip
-        first_B = np.asarray(first_B)
-        for row, ((prompt, sampling), slot) in enumerate(zip(requests, slots, strict=True)):
-            self._slots[slot] = _Slot(sampling, len(prompt), int(first_B[row]), generated=1)
-        return [(slot, int(first_B[row])) for row, slot in enumerate(slots)]
+        found = list(zip(slots, np.asarray(first_B)[rows].tolist(), strict=True))
+        for (prompt, sampling), (slot, token) in zip(requests, found, strict=True):
+            self._slots[slot] = _Slot(sampling, len(prompt), token, generated=1)
+        return found
+
+    def _places(self, count: int) -> tuple[list[int], list[int], int]:
+        """(free slots, the rows of a prefill that compute for them, how many rows it has), for so many prompts. A row
+        and its slot are on the same device; of these each takes as many as another, if it is free."""
+        shards = self.weights.layout.batch_shards
+        slots_of_one = self.num_slots // shards
+        taken = [0] * shards
+        ranked = []
+        for slot in self.free:
+            shard = slot // slots_of_one
+            ranked.append((taken[shard], slot))
+            taken[shard] += 1
+        assert count <= len(ranked), "more requests than free slots"
+        chosen = sorted(ranked)[:count]
+        rows_of_one = _power_of_two(chosen[-1][0] + 1)
+        rows = [slot // slots_of_one * rows_of_one + rank for rank, slot in chosen]
+        return [slot for _, slot in chosen], rows, shards * rows_of_one
 
     def step(self) -> list[tuple[int, int]]:
         """One token more in every slot in use: (slot, token)."""
@@ -209,7 +224,8 @@ def prefill(
     places_B: jax.Array,
     settings: SamplingRows,
 ) -> tuple[jax.Array, KVCache]:
-    """The first token of each row, and the cache with row b's keys and values in slot places_B[b]."""
+    """The first token of each row, and the cache with row b's keys and values in slot places_B[b], which must be on
+    the device that computes row b; a row of padding has a place beyond the last slot."""
     model = nnx.merge(graph, params, balance)
     B, T = tokens_BT.shape
     own = empty_cache(model.config, B, T, model.precision.compute_dtype, layout, model.precision.cache)
@@ -218,9 +234,23 @@ def prefill(
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     first_B = choose_tokens(model.logits(hidden_B1D, layout)[:, 0], settings)
-    # A row of padding has a place beyond the last slot, and is dropped.
-    cache = jax.tree.map(lambda old, new: old.at[places_B, :, :T].set(new, mode="drop"), cache, output.cache)
-    return first_B, placed_cache(cache, layout.constrain)
+    return first_B, _written(cache, output.cache, places_B, layout)
+
+
+def _written(cache: KVCache, new: KVCache, places_B: jax.Array, layout: Layout) -> KVCache:
+    """The cache with rows of new texts in their slots, from its first tokens on. None leaves its device."""
+
+    def write(cache: KVCache, new: KVCache, places_B: jax.Array) -> KVCache:
+        slots, T = cache.k_BGSMH.shape[0], new.num_slots
+        places_B = places_B - layout.first_over_batch(slots)
+        # A negative place would count from the end.
+        places_B = jnp.where(places_B < 0, slots, places_B)
+        return jax.tree.map(lambda old, new: old.at[places_B, :, :T].set(new, mode="drop"), cache, new)
+
+    if layout.mesh is None:
+        return write(cache, new, places_B)
+    where = placed_cache(cache, lambda x, axes: layout.activation_spec(axes))
+    return layout.shard_map(write, (where, where, layout.activation_spec("B")), where)(cache, new, places_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -21,6 +21,7 @@ from moe.train.pipelined import check_stages, pipelined_gradients
 from moe.train.state import Blueprint, TrainState
 from moe.train.streamed import check_landing, landed_gradients, streamed_norm, streamed_update, streams
 from parallel.layout import Layout
+from parallel.loops import steady_scan
 
 
 class LayerStats(NamedTuple):
@@ -127,7 +128,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated), state.params)
         unseen = jax.tree.map(jnp.zeros_like, state.histories)
         parts = jax.tree.map(lambda x: split_batch(x, microbatches, layout), batch)
-        found, (losses, stats) = jax.lax.scan(accumulate, (zeros, unseen), (jnp.arange(microbatches), parts))
+        found, (losses, stats) = steady_scan(accumulate, (zeros, unseen), (jnp.arange(microbatches), parts))
         return found, (losses.sum(), merge_microbatches(stats))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

@@ -182,6 +182,12 @@ def test_a_loop_runs_up_to_the_constant_of_its_condition():
     assert loop.times == 7
 
 
+def test_a_loop_runs_as_often_as_its_scope_says():
+    (loop,) = counted(TURNS + ', metadata={op_name="jit(f)/turns_40/while/body/turns_6/while"}', LOOP).events
+    assert isinstance(loop, Loop)
+    assert loop.times == 6
+
+
 def test_a_loop_of_unknown_length_is_refused_but_for_attention_in_chunks():
     with pytest.raises(CountError, match="w .*: how often this loop runs is not known"):
         counted(TURNS, LOOP, key_blocks=2.5)

@@ -1,0 +1,92 @@
+"""Where an engine puts texts, and what comes of them on a mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe import HunyuanMoE
+from moe.model.cache import empty_cache
+from moe.serve.engine import Engine, _written
+from moe.serve.sampling import Sampling
+from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.mesh import MeshConfig, make_mesh
+from tests.moe.serve.serving import CONFIG
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.data())
+def test_a_prompts_row_is_on_the_device_of_its_slot(shards, slots_of_one, data):
+    engine = Engine.__new__(Engine)
+    engine.num_slots = shards * slots_of_one
+    engine.weights = type("Given", (), {"layout": type("Shards", (), {"batch_shards": shards})})
+    everywhere = range(engine.num_slots)
+    engine._slots = dict.fromkeys(data.draw(st.sets(st.sampled_from(everywhere), max_size=engine.num_slots - 1)))
+    free = engine.free
+    count = data.draw(st.integers(1, len(free)))
+    slots, rows, num_rows = engine._places(count)
+    assert len(set(slots)) == len(set(rows)) == count
+    assert set(slots) <= set(free)
+    assert num_rows % shards == 0
+    rows_of_one = num_rows // shards
+    assert [row // rows_of_one for row in rows] == [slot // slots_of_one for slot in slots]
+    # None takes a second prompt while another has a free slot and none yet.
+    on_each = np.bincount([row // rows_of_one for row in rows], minlength=shards)
+    room = np.bincount([slot // slots_of_one for slot in free], minlength=shards)
+    assert all(on_each[i] == room[i] for i in range(shards) if on_each[i] < on_each.max() - 1)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, tensor=2), MeshConfig(replica=2, data=2, expert=2)], ids=str)
+def test_texts_that_come_and_go_on_a_mesh_are_those_of_one_device(checkpoint, mesh):
+    alone, spread = (
+        Engine(HunyuanMoE.from_hf(checkpoint, mesh=each).weights, slots=8, max_length=32) for each in (None, mesh)
+    )
+    sampling = Sampling(max_tokens=8)
+
+    def told(engine: Engine) -> dict[int, list[int]]:
+        texts: dict[int, list[int]] = {}
+        number_of: dict[int, int] = {}
+
+        def admit(prompts: list[list[int]]) -> None:
+            for slot, token in engine.admit([(prompt, sampling) for prompt in prompts]):
+                number_of[slot] = len(texts)
+                texts[len(texts)] = [token]
+
+        def step(times: int) -> None:
+            for _ in range(times):
+                for slot, token in engine.step():
+                    texts[number_of[slot]].append(token)
+
+        admit([[5, 6, 7], [9] * 17, [3], [250, 1]])
+        step(2)
+        for slot, number in list(number_of.items()):
+            if number in (0, 2):
+                engine.release(slot)
+                del number_of[slot]
+        admit([[8, 8], [1, 2, 3, 4], [30], [40], [50]])
+        step(3)
+        return texts
+
+    assert told(spread) == told(alone)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2, tensor=2)], ids=str)
+def test_a_prefills_keys_and_values_go_to_their_slots_and_to_no_other_device(mesh):
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    cache = empty_cache(CONFIG, 8, 6, jnp.float32, layout)
+    new = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape), empty_cache(CONFIG, 4, 3, jnp.float32, layout)
+    )
+    # Of four devices' two slots each, the rows' own; one row is padding.
+    places_B = np.array([1, 2, 8, 7], np.int32)
+    write = jax.jit(lambda *given: _written(*given, layout)).lower(cache, new, places_B).compile()
+    found = write(cache, new, places_B)
+    expected = np.zeros(cache.k_BGSMH.shape, np.float32)
+    for row, slot in enumerate(places_B):
+        if slot < 8:
+            expected[slot, :, :3] = new.k_BGSMH[row]
+    np.testing.assert_array_equal(found.k_BGSMH, expected)
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", write.as_text())
