@@ -171,6 +171,6 @@ def test_virtual_stages_hold_their_weights_in_another_order():
     stacked = 4 * sum(
         math.prod(each.shape) for each in states_of(job, abstract_layout(job)).specs if each.axes[0] == "L"
     )
-    # Whole in the chunks' order, and two of the two chunks; of gradients one chunk's at a time.
-    more = stacked / 2 * (1 + 2 / 2 - 1 / 2)
+    # In the backward pass: whole in the chunks' order, and one of two chunks; of gradients one chunk's at a time.
+    more = stacked / 2 * (1 + 1 / 2 - 1 / 2)
     assert allocated(replace(job, virtual_stages=2)) - allocated(job) == pytest.approx(more, rel=0.03)
