@@ -1,0 +1,135 @@
+"""A dropless mixture-of-experts layer, forward and backward, beside a dense layer of equal useful FLOPs.
+
+    python -m benchmarks.moe_layer [--tokens 8192] [--repeats 7]
+
+Layers have the 158M model's width and no shared expert; the dense layer is as wide as the experts that a token goes to
+are together. All take turns in one process, so that they share the machine's moods; ratios compare turns with turns.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.spread import spread
+from moe.model.config import RouterConfig
+from moe.model.execution import Execution
+from moe.model.feed_forward import FeedForward
+from moe.model.moe_layer import MoELayer
+from moe.model.parameter import SelectionBias
+from moe.model.precision import FULL, Precision
+from moe.model.presets import SPEED_158M
+from parallel.large_pages import use_large_pages
+from parallel.layout import SINGLE_DEVICE
+
+LENGTH = 512
+FORMATS = {"float32": FULL, "bfloat16": Precision()}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """
+    experts: 0 for a dense layer of `top_k` experts' width.
+    skewed: whether all tokens go to the first expert.
+    """
+
+    experts: int
+    top_k: int
+    skewed: bool = False
+
+    @property
+    def name(self) -> str:
+        if not self.experts:
+            return f"dense, of {self.top_k} experts' width"
+        return f"{self.experts} experts, top-{self.top_k}" + (", all tokens to one" if self.skewed else "")
+
+    def runner(self, precision: Precision, tokens: int) -> Callable[[], float]:
+        """A function that goes through the layer and back, and returns its seconds."""
+        sizes = SPEED_158M
+        shape = (tokens // LENGTH, LENGTH, sizes.d_model)
+        x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(precision.compute_dtype) for i in range(2))
+        graph, params, other = nnx.split(self._module(precision), nnx.Param, ...)
+        valid_BT = jnp.ones(shape[:2], bool)
+
+        def through(params: Any, x_BTD: jax.Array) -> jax.Array:
+            module = nnx.merge(graph, params, other)
+            if self.experts:
+                return module(x_BTD, valid_BT, jnp.int32(0), None, SINGLE_DEVICE)[0]
+            return module(x_BTD, SINGLE_DEVICE)
+
+        @jax.jit
+        def there_and_back(params: Any, x_BTD: jax.Array, dy_BTD: jax.Array) -> Any:
+            y_BTD, back = jax.vjp(through, params, x_BTD)
+            return y_BTD, back(dy_BTD)
+
+        def take() -> float:
+            begin = time.perf_counter()
+            jax.block_until_ready(there_and_back(params, x_BTD, dy_BTD))
+            return time.perf_counter() - begin
+
+        take()
+        return take
+
+    def _module(self, precision: Precision) -> nnx.Module:
+        sizes, rngs = SPEED_158M, nnx.Rngs(0)
+        if not self.experts:
+            width = self.top_k * sizes.d_expert
+            return FeedForward(sizes.d_model, width, "dense", sizes.init_std, precision, rngs=rngs)
+        router = RouterConfig(top_k=self.top_k, balance="bias", capacity_factor=None)
+        config = replace(sizes, num_experts=self.experts, num_shared_experts=0, router=router)
+        module = MoELayer(config, precision, Execution(), rngs=rngs)
+        if self.skewed:
+            # More than any probability.
+            module.router.bias_E = SelectionBias(2.0 * jax.nn.one_hot(0, self.experts))
+        return module
+
+
+PAIRS: tuple[tuple[Layer, Layer], ...] = (
+    (Layer(16, 1), Layer(0, 1)),
+    (Layer(16, 2), Layer(0, 2)),
+    (Layer(128, 1), Layer(8, 1)),
+    (Layer(16, 1, skewed=True), Layer(16, 1)),
+)
+"""What is measured, and what with."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192, help=f"a multiple of {LENGTH} (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each layer (default: %(default)s)")
+    options = parser.parse_args()
+    if options.tokens < 1 or options.tokens % LENGTH or options.repeats < 1:
+        parser.error(
+            f"--tokens {options.tokens} --repeats {options.repeats}: give a multiple of {LENGTH}, and 1 or more"
+        )
+    layers = dict.fromkeys(layer for pair in PAIRS for layer in pair)
+    console = Console(width=140, highlight=False)
+    console.print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.tokens} tokens, {options.repeats} turns: "
+        "median (least to most)"
+    )
+    for format, precision in FORMATS.items():
+        runners = {layer: layer.runner(precision, options.tokens) for layer in layers}
+        seconds: dict[Layer, list[float]] = {layer: [] for layer in layers}
+        for _ in range(options.repeats):
+            for layer, take in runners.items():
+                seconds[layer].append(take())
+        table = Table(format, "ms", "beside", "time, times its", box=None)
+        for layer, rival in PAIRS:
+            ratios = np.array(seconds[layer]) / np.array(seconds[rival])
+            milliseconds = [1e3 * each for each in seconds[layer]]
+            table.add_row(layer.name, spread(milliseconds, 0), rival.name, spread(ratios.tolist(), 2))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    use_large_pages()
+    main()
