@@ -56,11 +56,11 @@ class Layer:
         sizes = SPEED_158M
         shape = (tokens // LENGTH, LENGTH, sizes.d_model)
         x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(precision.compute_dtype) for i in range(2))
-        graph, params, other = nnx.split(self._module(precision), nnx.Param, ...)
+        graph, params, *others = nnx.split(self._module(precision), nnx.Param, ...)
         valid_BT = jnp.ones(shape[:2], bool)
 
         def through(params: Any, x_BTD: jax.Array) -> jax.Array:
-            module = nnx.merge(graph, params, other)
+            module = nnx.merge(graph, params, *others)
             if self.experts:
                 return module(x_BTD, valid_BT, jnp.int32(0), None, SINGLE_DEVICE)[0]
             return module(x_BTD, SINGLE_DEVICE)
