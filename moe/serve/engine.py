@@ -4,6 +4,7 @@ A slot's tokens do not depend on what stands in the other slots: routing is drop
 and draws are seeded by the request.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from flax import nnx
 from moe.model.cache import KVCache, empty_cache, placed_cache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import SelectionBias, specs_of, stored
+from moe.model.parameter import QUANTIZED_KINDS, ParameterSpec, SelectionBias, specs_of, stored
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.bits import as_bits
@@ -45,10 +46,23 @@ class Weights(NamedTuple):
             nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
         )
 
+    def narrow(self) -> None:
+        """Has the layers' matrices in the compute format from now on, one array after the other, where they are stored
+        in a wider one: each token would round all of them anew, to the same values."""
+        dtype = self.precision.compute_dtype
+
+        def narrowed(spec: ParameterSpec, x: Any) -> Any:
+            wider = spec.kind in QUANTIZED_KINDS and isinstance(x, jax.Array) and x.dtype.itemsize > dtype.itemsize
+            return x.astype(dtype) if wider else x
+
+        model = nnx.eval_shape(lambda: Transformer(self.config, self.precision, self.execution, rngs=nnx.Rngs(0)))
+        _replace(self.params, specs_of(model), narrowed)
+
     def move_as_bits(self) -> None:
         """On CPU has the layers' bfloat16 as its bits from now on, one array after the other: a loop over layers would
         widen all of them for each token (moe/ops/bits.py)."""
-        _move_as_bits(self.params["stacks"])
+        stacks = self.params["stacks"]
+        _replace(stacks, stacks, lambda _, x: jax.tree.map(as_bits, x))
 
     @classmethod
     def abstract(cls, config: ModelConfig, precision: Precision, layout: Layout, execution: Execution) -> "Weights":
@@ -67,12 +81,13 @@ class Weights(NamedTuple):
         return cls(config, precision, layout, params, balance, execution)
 
 
-def _move_as_bits(params: dict[str, Any]) -> None:
+def _replace(params: dict[Any, Any], specs: dict[Any, Any], change: Callable[[Any, Any], Any]) -> None:
+    """Puts `change` of each parameter, given its spec, in its place; the old one is not kept."""
     for name, value in params.items():
         if isinstance(value, dict):
-            _move_as_bits(value)
+            _replace(value, specs[name], change)
         else:
-            params[name] = jax.tree.map(as_bits, value)
+            params[name] = change(specs[name], value)
 
 
 class ContextError(ValueError):

@@ -103,6 +103,7 @@ class HunyuanMoE:
             cache=cache,
         )
         loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
+        loaded.narrow()
         loaded.move_as_bits()
         try:
             vocabulary = open_vocabulary(folder, pretrained.settings)

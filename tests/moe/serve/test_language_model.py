@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from moe import HunyuanMoE
 from moe.model.config import ConfigError
 from moe.serve.engine import ContextError
 from moe.serve.sampling import SamplingError
+from moe.train.pretrained import open_pretrained
 from moe.train.trained import TrainedModel
+from parallel.layout import SINGLE_DEVICE
 from parallel.mesh import MeshConfig
 from tests.moe.train.small_run import small_run
 
@@ -117,6 +120,21 @@ def test_bf16_runs_and_keeps_its_cache_in_bf16(checkpoint):
     rough = HunyuanMoE.from_hf(checkpoint, compute="bfloat16")
     assert rough.weights.precision.compute_dtype == jnp.bfloat16
     assert len(rough.generate(PROMPTS[:1], max_tokens=4)[0]) <= 4
+
+
+def test_matrices_in_the_compute_format_give_what_wider_ones_give(checkpoint):
+    rough = HunyuanMoE.from_hf(checkpoint, compute="bfloat16")
+    block = rough.weights.params["stacks"][0]["blocks"][0]
+    matrices = jax.tree.leaves(block["feed_forward"]["experts"])
+    # On CPU as bits.
+    assert {x.dtype for x in matrices} == {jnp.dtype(jnp.uint16)}
+    assert block["feed_forward"]["router"]["w_DE"].dtype == jnp.float32
+
+    loaded = open_pretrained(checkpoint).load(SINGLE_DEVICE, None, None)
+    wide = HunyuanMoE(rough.weights._replace(params=loaded[0]), None, 64, "wide")
+    assert {x.dtype for x in jax.tree.leaves(wide.weights.params)} == {jnp.dtype(jnp.float32)}
+    tokens_BT = np.arange(24).reshape(2, 12)
+    np.testing.assert_array_equal(rough(tokens_BT), wide(tokens_BT))
 
 
 def test_a_run_is_a_model_too(tmp_path):
