@@ -21,7 +21,7 @@ from moe.planner.estimate_states import States, abstract_layout, numbers, states
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.planner.work import Memory, Part
-from moe.train.pipelined import check_stages
+from moe.train.pipelined import check_stages, pipelined_stack
 from parallel.blocks import EightBit
 from parallel.layout import Layout, LayoutError
 from parallel.pipeline import Schedule
@@ -88,11 +88,13 @@ class _Estimate:
 
     def serving(self) -> dict[Part, int]:
         """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
-        two layers are there: the next one's come while one computes. Of a cache in 8 bits one group's part is widened
-        for its attention."""
+        one layer more than a group's are there: the next one's come while one computes. Of a cache in 8 bits one
+        group's part is widened for its attention."""
         groups = [group for group, _ in self.layers.groups()]
-        at_once = {group: 2 if self.job.layout.zero == 3 and len(group) == 1 else 1 for group in groups}
-        layers = max(at_once[group] * self.weights(group) + self.layers.forward(group) for group in groups)
+        more = 1 if self.job.layout.zero == 3 else 0
+        layers = max(
+            self.weights(group) * (len(group) + more) // len(group) + self.layers.forward(group) for group in groups
+        )
         own = self.cache if self.job.kind == "prefill" else 0
         return {
             "parameters": self.states.parameters,
@@ -221,7 +223,7 @@ class _Estimate:
         """The embedding, while the first layers' weights are on their way; a pipeline's tick looks up for its forward
         and its backward pass at once. Both take the same weights where a stage has but one group."""
         lookups = 2 if self.layout.stages > 1 else 1
-        gathers = 1 if self.one_group else lookups
+        gathers = 1 if self.one_group_a_tick and self.job.virtual_stages == 1 else lookups
         first = max(self.weights(group) for group, _ in self.layers.groups())
         return {
             "gradients": self.accumulators,
@@ -248,13 +250,12 @@ class _Estimate:
     def _in_the_backward_pass(self) -> dict[Part, int]:
         """Of the layers' gradients the whole stacks are there from its beginning, of a stage's chunk, but for those
         that are put to the host or added up as they come; and the head's. A second one of its size is there where the
-        embedding is the same matrix, zeros to which its gradients are added, or where a microbatch prepares such zeros.
-        A pipeline's head has summed its gradients, and shared them out."""
-        again = self.job.model.tie_embeddings or self.job.microbatches > 1
-        heads = (2 if again else 1) * self.head_gradient
+        embedding is the same matrix: zeros to which its gradients are added. A pipeline's head has summed its
+        gradients, and shared them out."""
+        heads = (2 if self.job.model.tie_embeddings else 1) * self.head_gradient
         if self.layout.stages > 1:
             heads = self.gradients([each for each in self.states.specs if each.axes == "VD"])
-        at_once = self.one_group or self.job.layout.gradients == "host"
+        at_once = self.one_group_a_tick or self.job.layout.gradients == "host"
         stacks = 0 if at_once else self.gradients(self.stacked) // self.job.virtual_stages
         return {
             "gradients": self.accumulators + stacks + heads,
@@ -295,21 +296,23 @@ class _Estimate:
         return schedule.slots * self.sizes.compute * self.layers.stream
 
     @property
-    def one_group(self) -> bool:
-        """Whether it is all that a stage of a pipeline computes: no other one's weights come meanwhile."""
-        counts = [count for _, count in self.layers.groups()]
-        return self.layout.stages > 1 and self.job.virtual_stages == 1 and counts == [1]
+    def one_group_a_tick(self) -> bool:
+        """Whether a pipeline's stage computes one group of layers at a time, without a loop over more of them."""
+        if self.layout.stages == 1:
+            return False
+        _, count = list(self.layers.groups())[pipelined_stack(self.job.model)]
+        return count == 1
 
     def kept(self, group: Group) -> int:
         """For the backward pass. Where nothing is computed again that takes in the weights as they were used."""
-        weights = self.job.execution.remat == "none" and not self.one_group
+        weights = self.job.execution.remat == "none" and not self.one_group_a_tick
         return self.layers.kept(group) + (self.weights(group) if weights else 0)
 
     def backward(self, group: Group) -> int:
         """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out; without
         a loop over groups those of one matrix."""
         weights = self.weights(group)
-        gradients = self.largest_weight if self.one_group else weights // len(group)
+        gradients = self.largest_weight if self.one_group_a_tick else weights // len(group)
         return self.layers.backward(group) + weights + gradients
 
     @property

@@ -49,7 +49,7 @@ class Weights(NamedTuple):
     def narrow(self) -> None:
         """Has the layers' matrices in the compute format from now on, one array after the other, where they are stored
         in a wider one: each token would round all of them anew, to the same values."""
-        dtype = self.precision.compute_dtype
+        dtype = jnp.dtype(self.precision.compute_dtype)
 
         def narrowed(spec: ParameterSpec, x: Any) -> Any:
             wider = spec.kind in QUANTIZED_KINDS and isinstance(x, jax.Array) and x.dtype.itemsize > dtype.itemsize
