@@ -265,7 +265,7 @@ class _Estimate:
 
     def _in_the_update(self) -> dict[Part, int]:
         """Below ZeRO's stage 3 new parameters are gathered, one after the other in the place of the gradients, and all
-        of them are copied into the old ones' place at the end; and of two parameters at a time the update is under way,
+        of them are copied into the old ones' place at the end; and of one parameter at a time the update is under way,
         in copies: parameter, two moments."""
         gathered = largest = 0
         for each in self.states.specs:
@@ -278,7 +278,7 @@ class _Estimate:
         gradients = self.sums if self.job.microbatches > 1 else self.gradients(self.states.specs)
         if self.job.layout.on_host:
             gradients = 0
-        under_way = 0 if self.job.layout.on_host or self.job.layout.zero == 3 else 5 * largest
+        under_way = 0 if self.job.layout.on_host or self.job.layout.zero == 3 else 3 * largest
         return {"gradients": gradients, "temporaries": max(0, gathered - gradients) + under_way}
 
     @property
