@@ -62,6 +62,19 @@ def test_no_clipping_leaves_large_gradients():
     np.testing.assert_allclose(adam.mu["w_DE"], 0.1 * grads["w_DE"], rtol=1e-5)
 
 
+def test_a_compiled_update_writes_no_gradient_down():
+    specs = {"w_EDF": ParameterSpec((4, 256, 128), jnp.dtype("float32"), "EDF", "expert")}
+    optimizer, _ = make_optimizer(OptimizerConfig(clip_norm=0.5, warmup_steps=0), specs, 10)
+    params = {"w_EDF": jnp.zeros((4, 256, 128))}
+
+    def update(gradients, state, params):
+        updates, state = optimizer.update(gradients, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    compiled = jax.jit(update, donate_argnums=(1, 2)).lower(params, optimizer.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params["w_EDF"].nbytes / 10
+
+
 def test_a_part_of_the_gradients_is_clipped_by_the_norm_of_all():
     optimizer, _ = make_optimizer(OptimizerConfig(clip_norm=0.5, warmup_steps=0), SPECS, 10)
     params, grads = trees(0), trees(1)
