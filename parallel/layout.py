@@ -312,14 +312,10 @@ class Layout:
         """Inside `jax.shard_map`: the largest over `tensor`, on each of its devices."""
         return jax.lax.pmax(x, self._tensor) if self._tensor else x
 
-    def first_over_tensor(self, size: int) -> jax.Array | int:
-        """Inside `jax.shard_map`: where this device's `size` entries of an axis split over `tensor` begin."""
-        return size * jax.lax.axis_index(self._tensor) if self._tensor else 0
-
-    def first_over_batch(self, size: int) -> jax.Array | int:
-        """Inside `jax.shard_map`: where this device's `size` rows of a batch begin."""
-        parts = self._present(BATCH_AXES)
-        return size * jax.lax.axis_index(parts) if parts else 0
+    def first_over(self, axes: Iterable[str], size: int) -> jax.Array | int:
+        """Inside `jax.shard_map`: where this device's `size` entries of what is split over mesh axes begin."""
+        present = self._present(axes)
+        return size * jax.lax.axis_index(present) if present else 0
 
     def gather_sequence(self, x_BTD: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: the residual stream of all devices of `tensor`."""

@@ -22,7 +22,7 @@ from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.bits import as_bits
 from moe.serve.sampling import Sampling, SamplingRows, choose_tokens, sampling_rows
-from parallel.layout import Layout
+from parallel.layout import BATCH_AXES, Layout
 
 SHORTEST_BUCKET = 16
 """Prompts are padded to a power of two of at least so many tokens, so that few shapes are compiled."""
@@ -257,7 +257,7 @@ def _written(cache: KVCache, new: KVCache, places_B: jax.Array, layout: Layout) 
 
     def write(cache: KVCache, new: KVCache, places_B: jax.Array) -> KVCache:
         slots, T = cache.k_BGSMH.shape[0], new.num_slots
-        places_B = places_B - layout.first_over_batch(slots)
+        places_B = places_B - layout.first_over(BATCH_AXES, slots)
         # A negative place would count from the end.
         places_B = jnp.where(places_B < 0, slots, places_B)
         return jax.tree.map(lambda old, new: old.at[places_B, :, :T].set(new, mode="drop"), cache, new)

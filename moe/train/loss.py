@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe.model.products import product, split_of
 from moe.ops.matmul import einsum, weight_gradient
 from moe.ops.scaled import Recipe
-from parallel.layout import Layout
+from parallel.layout import TENSOR_AXIS, Layout
 
 
 def cross_entropy_sum(
@@ -123,7 +123,7 @@ class _Head(NamedTuple):
         logits_BTV, pull = self._logits(hidden_BTD)
         largest_BT = layout.max_over_tensor(logits_BTV.max(-1))
         log_z_BT = largest_BT + jnp.log(layout.sum_over_tensor(jnp.exp(logits_BTV - largest_BT[..., None]).sum(-1)))
-        is_target_BTV = targets_BT[..., None] == layout.first_over_tensor(own) + jnp.arange(own)
+        is_target_BTV = targets_BT[..., None] == layout.first_over([TENSOR_AXIS], own) + jnp.arange(own)
         chosen_BT = layout.sum_over_tensor(jnp.where(is_target_BTV, logits_BTV, 0).sum(-1))
         loss += (weights_BT * (log_z_BT - chosen_BT)).sum()
         if not self.with_gradients:
