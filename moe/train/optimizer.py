@@ -210,7 +210,7 @@ def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     def update(gradients: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any):
         del params
         norm = global_norm(gradients) if norm is None else norm
-        # A factor, for XLA repeats a product where it is used; quotients it would write down, for all gradients at once.
+        # XLA repeats a product where it is used; quotients it would write down, of all gradients at once.
         factor = jnp.where(norm < limit, 1.0, limit / norm)
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients), state
 
