@@ -13,24 +13,26 @@ from moe.model.execution import Execution
 from moe.model.parameter import as_kept, matrix, placed, used
 from moe.model.precision import Precision
 from moe.model.products import Products, recorded, split_of, spread
-from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.grouped_matmul import InStack, grouped_matmul
 from moe.ops.quantize import QuantizedWeight
 from moe.ops.scaled import Recipe, Split, frozen_grouped_matmul, scaled_grouped_matmul
 from moe.ops.swiglu import swiglu
 from parallel.layout import Layout
 
+Matrices = jax.Array | InStack | QuantizedWeight
+
 
 class ExpertWeights(NamedTuple):
-    """One layer's experts in the compute format, or quantized where rows will be too: w_gate_EDF, w_up_EDF, w_down_EFD.
-    Inside `jax.shard_map` E are this device's own, and F its part of their width.
+    """One layer's experts in the compute format, or left in their stack, or quantized where rows will be too:
+    w_gate_EDF, w_up_EDF, w_down_EFD. Inside `jax.shard_map` E are this device's own, and F its part of their width.
 
     histories: of the three products, each as often as there are devices; empty where they have none.
     adapters: by target, what is added to the weights.
     """
 
-    gate_EDF: jax.Array | QuantizedWeight
-    up_EDF: jax.Array | QuantizedWeight
-    down_EFD: jax.Array | QuantizedWeight
+    gate_EDF: Matrices
+    up_EDF: Matrices
+    down_EFD: Matrices
     histories: dict[str, jax.Array]
     adapters: dict[str, LowRank]
 
@@ -68,6 +70,11 @@ class Experts(nnx.Module):
         histories = {name: spread(history[...], devices) for name, history in self.products.histories.items()}
         adapters = {name: adapter.of_experts(self.dtype, key, layout) for name, adapter in self.adapters.items()}
         return ExpertWeights(gate, up, down, histories, adapters)
+
+    def reads_stacks(self, layout: Layout) -> bool:
+        """Whether `weights` may be left where they stand: nothing gathers them, and nothing but products reads them."""
+        plain = self.products.recipe is None and not self.products.histories
+        return layout.mesh is None and plain and not isinstance(self.w_gate_EDF.get_value(), QuantizedWeight)
 
     @property
     def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
@@ -127,10 +134,12 @@ def apply_experts(
     backend: Any = execution.grouped_matmul
     grouped = partial(grouped_matmul, sizes_E=counts_E, backend=backend)
 
-    def product(name: str, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
+    def product(name: str, x: jax.Array, w: Matrices, axes: Split) -> jax.Array:
         history = weights.histories.get(name)
         if isinstance(w, QuantizedWeight):
             return frozen_grouped_matmul(x, w, counts_E)
+        if isinstance(w, InStack):
+            return grouped(x, w)
         if recipe is None:
             return recorded(grouped(x, w), x, w, history, owned_R1)
         multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)
@@ -138,7 +147,7 @@ def apply_experts(
             return multiply(history)
         return recorded(multiply(), x, w, history, owned_R1)
 
-    def adapted(target: Target, x: jax.Array, w: jax.Array | QuantizedWeight, axes: Split) -> jax.Array:
+    def adapted(target: Target, x: jax.Array, w: Matrices, axes: Split) -> jax.Array:
         y = product(target, x, w, axes)
         if target not in weights.adapters:
             return y

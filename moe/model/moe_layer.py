@@ -16,6 +16,7 @@ from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import Router, Routing, capacity, limit_capacity, measure_balance
+from moe.ops.grouped_matmul import reads_stacks
 from parallel.exchange import Exchange, Traffic, make_exchange, node_size
 from parallel.layout import Layout
 
@@ -59,6 +60,10 @@ class MoELayer(nnx.Module):
         if config.num_shared_experts:
             width = config.num_shared_experts * config.d_expert
             self.shared = FeedForward(config.d_model, width, "shared_expert", config.init_std, precision, rngs=rngs)
+
+    def reads_stacks(self, layout: Layout) -> bool:
+        """Whether the experts' matrices may be left in the stack of all layers."""
+        return reads_stacks(self.execution.grouped_matmul) and self.experts.reads_stacks(layout)
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the experts' weights."""

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from moe.model.precision import Precision
+from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.quantize import Quantized, QuantizedWeight, dequantize, quantize
 from parallel.layout import Layout
 
@@ -71,10 +72,12 @@ def summed_axes(axes: str) -> str:
     return "D" if axes[-1] != "D" else axes[:-1].removeprefix("E")
 
 
-def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> jax.Array:
-    """A weight as products use it: in the compute format, and gathered. What moves has the compute format, or that of
-    `Precision.gathered`, or the quantized one."""
+def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> Any:
+    """A weight as products use it: in the compute format, and gathered; or left in its stack. What moves has the
+    compute format, or that of `Precision.gathered`, or the quantized one."""
     weight, axes = param.get_value(), param.get_metadata("axes")
+    if isinstance(weight, InStack):
+        return weight
     if isinstance(weight, QuantizedWeight):
         return dequantize(as_kept(param, layout), dtype)
     return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered", None))

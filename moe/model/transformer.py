@@ -13,6 +13,7 @@ from moe.model.block import Group
 from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution, check_execution
+from moe.model.in_stack import put_back, taken_out
 from moe.model.landing import land
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import matrix, norm_scale
@@ -214,12 +215,13 @@ class GroupScan(NamedTuple):
         landing: dict[str, Any] | None = None,
     ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
         parts: Any = nnx.split(stack, nnx.LoRAParam, nnx.Param, ...)
-        graph, *parts = parts
+        graph, adapters, weights, others = parts
+        stacks, weights = taken_out(stack, weights, self.layout)
 
         def group(carry, of_group):
             x_BTD, cache = carry
-            (adapters, weights, others), landing, place = of_group
-            weights = jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights)
+            (adapters, weights, others), stacks, landing, place = of_group
+            weights = put_back(jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights), stacks, place)
             # Beside frozen weights gradients are the adapters'.
             if landing is not None and adapters:
                 adapters = land(adapters, landing, self.layout)
@@ -235,9 +237,14 @@ class GroupScan(NamedTuple):
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache), (output.stats, inputs_PBTD)
 
-        of_groups = (tuple(parts), landing, jnp.arange(self.repeat))
         step = rematerialise(group, self.remat, self.repeat)
-        (x_BTD, cache), found = jax.lax.scan(step, (x_BTD, cache), of_groups)
+
+        def turn(carry, of_group):
+            parts, *others = of_group
+            return step(carry, (parts, stacks, *others))
+
+        of_groups = ((adapters, weights, others), landing, jnp.arange(self.repeat))
+        (x_BTD, cache), found = jax.lax.scan(turn, (x_BTD, cache), of_groups)
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD
 

@@ -1,12 +1,13 @@
 """Rows sorted by group, each group with its own matrix: one signature, several backends."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from moe.ops.grouped_matmul.blocked import blocked_matmul
+from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.grouped_matmul.ragged import ragged_matmul
 from moe.ops.grouped_matmul.triton import triton_matmul
 from parallel.platform import platform
@@ -14,7 +15,9 @@ from parallel.platform import platform
 Backend = Literal["auto", "blocked", "ragged", "triton"]
 
 
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto") -> jax.Array:
+def grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, *, backend: Backend = "auto"
+) -> jax.Array:
     """y[r] = x[r] @ w[e], where group e owns the next sizes_E[e] rows; accumulated in float32.
 
     Rows after the last group's are padding: their output and gradient are zero, whatever they hold, and they add
@@ -22,7 +25,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
 
     Args:
         x_RD: rows sorted by group.
-        w_EDF: one matrix a group, of x's dtype.
+        w_EDF: one matrix a group, of x's dtype; or where these stand, in any format, if the backend `reads_stacks`.
         sizes_E: i32, rows of each group; their sum is at most R.
         backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, which XLA may
             lower to a product over all groups; "triton" is a Pallas kernel for NVIDIA GPUs; "auto" takes "triton"
@@ -37,18 +40,31 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, bac
     R, E = x_RD.shape[0], w_EDF.shape[0]
     if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
         raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
-    if x_RD.dtype != w_EDF.dtype:
+    backend = _chosen(backend)
+    if isinstance(w_EDF, InStack):
+        if not reads_stacks(backend):
+            raise ValueError(f"the grouped product {backend!r} reads no stacks: give it one layer's matrices")
+    elif x_RD.dtype != w_EDF.dtype:
         raise ValueError(f"x_RD is {x_RD.dtype} and w_EDF {w_EDF.dtype}: cast both to the compute format")
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
-    if backend == "auto":
-        backend = "triton" if platform() == "gpu" else "blocked"
     if backend not in _BACKENDS:
         raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](x_RD, w_EDF, sizes_E)
 
 
-_BACKENDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+def reads_stacks(backend: Backend) -> bool:
+    """Whether the product takes matrices where they stand among those of all layers (moe/ops/grouped_matmul/in_stack.py)."""
+    return _chosen(backend) == "blocked"
+
+
+def _chosen(backend: Backend) -> Backend:
+    if backend != "auto":
+        return backend
+    return "triton" if platform() == "gpu" else "blocked"
+
+
+_BACKENDS: dict[str, Callable[[jax.Array, Any, jax.Array], jax.Array]] = {
     "blocked": blocked_matmul,
     "ragged": ragged_matmul,
     "triton": triton_matmul,

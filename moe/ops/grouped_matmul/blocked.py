@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
+from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import transposed
 
 HEIGHTS = (32, 64, 96, 128, 192, 256)
@@ -20,19 +21,22 @@ HEIGHTS = (32, 64, 96, 128, 192, 256)
 
 
 @jax.custom_vjp
-def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array) -> jax.Array:
     """See `moe.ops.grouped_matmul.grouped_matmul`."""
     return rows_product(x_RD, w_EDF, sizes_E, 0, x_RD.dtype)
 
 
-def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
+def _forward(x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array):
     return blocked_matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
 
 
 def _backward(saved, dy_RF: jax.Array):
     x_RD, w_EDF, sizes_E = saved
     dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
-    return dx_RD, weights_product(x_RD, dy_RF, sizes_E, w_EDF.dtype), None
+    dw_EDF = weights_product(x_RD, dy_RF, sizes_E, x_RD.dtype)
+    if isinstance(w_EDF, InStack):
+        dw_EDF = InStack(None, None, dw_EDF.astype(w_EDF.landing_EDF.dtype))
+    return dx_RD, dw_EDF, None
 
 
 blocked_matmul.defvjp(_forward, _backward)
@@ -70,14 +74,23 @@ def _summed_in(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike) -> jax.Array:
+def _matrices(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Those of the groups e."""
+    if isinstance(w_EDF, InStack):
+        return w_EDF.matrices(e, dtype)
+    return from_bits(as_bits(w_EDF)[e], w_EDF.dtype)
+
+
+def rows_product(
+    x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike
+) -> jax.Array:
     """Each row times its group's matrix, or with contract_w=1 the matrix's transpose, summed in `dtype` or float32."""
     if x_RD.shape[0] < w_EDF.shape[0]:
         return _few_rows_product(x_RD, w_EDF, sizes_E, contract_w, dtype)
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def group(e, y_RF):
-        w_DF, end = from_bits(as_bits(w_EDF)[e], w_EDF.dtype), ends_E[e]
+        w_DF, end = _matrices(w_EDF, e, x_RD.dtype), ends_E[e]
 
         def block(height, row, y_RF):
             x_bD, first = _take(x_RD, height, row)
@@ -94,12 +107,12 @@ def rows_product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract
 
 
 def _few_rows_product(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike
+    x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike
 ) -> jax.Array:
     group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
     owned_R1 = (group_R < w_EDF.shape[0])[:, None]
     dims = (((1,), (1 + contract_w,)), ((0,), (0,)))
-    w_RDF = from_bits(as_bits(w_EDF)[jnp.minimum(group_R, w_EDF.shape[0] - 1)], w_EDF.dtype)
+    w_RDF = _matrices(w_EDF, jnp.minimum(group_R, w_EDF.shape[0] - 1), x_RD.dtype)
     return jnp.where(owned_R1, jax.lax.dot_general(x_RD, w_RDF, dims, preferred_element_type=dtype), 0)
 
 

@@ -8,12 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.grouped_matmul.in_stack import InStack, landing
 from moe.ops.grouped_matmul.triton import columns_of_tile, height, tiles, triton_kernels
 from parallel.platform import SHARED_MEMORY
 from tests import gpu
 from tests.closeness import assert_trees_equal_to_scale
 
+
+
+def in_stack(x_RD, w_EDF, sizes_E):
+    stack_LEDF = jnp.stack([w_EDF + 1, w_EDF, w_EDF - 1])
+    matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), landing(stack_LEDF)[1])
+    return grouped_matmul(x_RD, matrices, sizes_E, backend="blocked")
+
+
 BACKENDS = {
+    "in a stack": in_stack,
     "blocked": partial(grouped_matmul, backend="blocked"),
     "ragged": partial(grouped_matmul, backend="ragged"),
     "triton": lambda x_RD, w_EDF, sizes_E: triton_kernels(x_RD, w_EDF, sizes_E, not gpu.HERE),
@@ -107,6 +117,15 @@ class TestContract:
         assert (np.asarray(dw_EDF, np.float32) == 1024).all()
 
 
+def test_a_stack_of_bits_is_read_in_the_rows_format():
+    x_RD, w_EDF, _ = arrays(40, 3, jnp.bfloat16)
+    bits_LEDF = jax.lax.bitcast_convert_type(jnp.stack([w_EDF, w_EDF]), jnp.uint16)
+    sizes_E = jnp.array([10, 0, 30], jnp.int32)
+    expected = grouped_matmul(x_RD, w_EDF, sizes_E, backend="blocked")
+    found = grouped_matmul(x_RD, InStack(bits_LEDF, jnp.int32(1), bits_LEDF[1]), sizes_E, backend="blocked")
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 1, 16), (64, 16, 16), (17 * 4, 4, 32), (4096, 2, 128)])
 def test_tiles_are_as_high_as_an_expert_has_rows(rows, experts, expected):
     assert height(rows, experts) == expected
@@ -143,6 +162,7 @@ def test_no_rows(backend):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"w_EDF": InStack(jnp.zeros((4, 2, D, F)), 0, None), "backend": "ragged"}, "'ragged' reads no stacks"),
         ({"w_EDF": jnp.zeros((2, D + 1, F))}, "must agree in D and E"),
         ({"sizes_E": jnp.zeros(3, jnp.int32)}, "must agree in D and E"),
         ({"w_EDF": jnp.zeros((2, D, F), jnp.bfloat16)}, "x_RD is float32 and w_EDF bfloat16"),

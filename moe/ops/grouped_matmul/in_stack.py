@@ -1,0 +1,43 @@
+"""A layer's matrices left where they stand, among those of all layers.
+
+A loop over layers that hands each turn its layer's matrices copies them all; the product on CPU reads one matrix after
+the other, and may be told where they are instead.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moe.ops.bits import as_bits, from_bits
+
+
+class InStack(NamedTuple):
+    """E matrices of one layer.
+
+    stack_LEDF: those of all layers, in any format; bfloat16 may be given as its bits. It gets no gradient.
+    layer: i32[], the layer's number in the stack.
+    landing_EDF: an array that no product reads, and whose gradient is the matrices'.
+    """
+
+    stack_LEDF: jax.Array
+    layer: jax.Array
+    landing_EDF: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack_LEDF.shape[1:]
+
+    def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Those of the groups e, i32 of any shape."""
+        return from_bits(as_bits(self.stack_LEDF)[self.layer, e], jnp.bfloat16).astype(dtype)
+
+
+@jax.custom_vjp
+def landing(stack_LEDF: jax.Array) -> jax.Array:
+    """Zeros, whose gradient becomes that of the stack."""
+    return jnp.zeros_like(stack_LEDF)
+
+
+landing.defvjp(lambda stack_LEDF: (landing(stack_LEDF), None), lambda _, gradient: (gradient,))

@@ -1,0 +1,62 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.model.config import ModelConfig
+from moe.model.execution import Execution
+from moe.model.precision import FULL, Precision
+from moe.model.transformer import Transformer
+from tests.closeness import assert_trees_equal_to_scale
+
+L, E, D, F = 3, 4, 16, 24
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=D, num_layers=L, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=E, d_expert=F,
+    init_std=0.4,
+)  # fmt: skip
+LAYER = re.compile(rf"(f32|bf16|u16)\[(1,)?{E},({D},{F}|{F},{D})\]")
+"""One layer's matrices of one kind, as XLA writes the array's shape."""
+
+
+def loss_of(backend: str, precision: Precision = FULL):
+    model = Transformer(CONFIG, precision, Execution(grouped_matmul=backend), rngs=nnx.Rngs(0))
+    graph, weights, others = nnx.split(model, nnx.Param, ...)
+
+    def loss(weights, tokens_BT):
+        hidden_BTD = nnx.merge(graph, weights, others)(tokens_BT).hidden_BTD
+        return jnp.square(hidden_BTD.astype(jnp.float32)).mean(where=jnp.arange(D) < D // 2)
+
+    return loss, weights, jax.random.randint(jax.random.key(1), (2, 40), 0, 64)
+
+
+def test_gradients_are_those_of_matrices_that_were_taken_out():
+    (in_stack, *given), (taken_out, *_) = loss_of("blocked"), loss_of("ragged")
+    assert_trees_equal_to_scale(
+        jax.jit(jax.value_and_grad(in_stack))(*given), jax.jit(jax.value_and_grad(taken_out))(*given)
+    )
+
+
+@pytest.mark.parametrize("precision", [FULL, Precision()], ids=["float32", "bfloat16"])
+def test_no_layers_matrices_are_copied(precision):
+    loss, *given = loss_of("blocked", precision)
+    assert not LAYER.search(jax.jit(loss).lower(*given).compile().as_text())
+
+
+def test_the_check_sees_matrices_that_are_copied():
+    loss, *given = loss_of("ragged")
+    assert LAYER.search(jax.jit(loss).lower(*given).compile().as_text())
+
+
+def test_frozen_matrices_cost_no_gradient():
+    loss, weights, tokens_BT = loss_of("blocked")
+    embedding = weights["embedding_VD"]
+
+    def of_embedding(values):
+        return loss(nnx.State({**weights, "embedding_VD": embedding.replace(values)}), tokens_BT)
+
+    gradient = jax.jit(jax.grad(of_embedding))
+    assert np.abs(gradient(embedding[...])).max() > 0
+    assert not LAYER.search(gradient.lower(embedding[...]).compile().as_text())
