@@ -23,12 +23,11 @@ SMALL = ModelConfig(
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"cla_factor": 1},
-        {"cla_factor": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"cla_factor": 4}, marks=pytest.mark.slow),
         {"cla_factor": 3, "num_layers": 5},
         {"num_dense_layers": 1, "d_dense": 20},
-        {"qk_norm": "none"},
+        pytest.param({"qk_norm": "none"}, marks=pytest.mark.slow),
         {"cla_factor": 1, "qk_norm": "before_rope"},
     ],
     ids=str,

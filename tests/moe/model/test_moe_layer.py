@@ -117,11 +117,20 @@ def on_one_device(name: str):
     return value_and_gradients(layer_of(ROUTERS[name]), *inputs(), SINGLE_DEVICE)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_mesh_gives_the_single_devices_numbers(name):
-    for mesh in MESHES.values():
-        spread = value_and_gradients(layer_of(ROUTERS[name]), *inputs(), Layout(make_mesh(mesh)))
-        assert_trees_equal_to_scale(spread, on_one_device(name))
+# Each router on one mesh, and each mesh with a router.
+QUICK_MESHES = set(zip(ROUTERS, itertools.cycle(MESHES)))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK_MESHES else pytest.mark.slow, id="-".join(case))
+        for case in itertools.product(ROUTERS, MESHES)
+    ],
+)
+def test_every_mesh_gives_the_single_devices_numbers(name, mesh):
+    spread = value_and_gradients(layer_of(ROUTERS[name]), *inputs(), Layout(make_mesh(MESHES[mesh])))
+    assert_trees_equal_to_scale(spread, on_one_device(name))
 
 
 QUICK = {("dropless top-3", "hierarchical", 2), ("capacity top-2", "ragged", 1), ("dropless top-3", "gathered", 1)}
@@ -159,7 +168,11 @@ def test_weighing_before_the_down_projection_gives_the_same_numbers(name, exchan
 
 @pytest.mark.parametrize(
     ("experts", "exchange"),
-    [(("data", "expert"), "padded"), (("data", "tensor"), "hierarchical"), (("expert", "data"), "ragged_hierarchical")],
+    [
+        (("data", "expert"), "padded"),
+        pytest.param(("data", "tensor"), "hierarchical", marks=pytest.mark.slow),
+        pytest.param(("expert", "data"), "ragged_hierarchical", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_over_a_product_of_axes(experts, exchange):
     layer = layer_of(ROUTERS["capacity top-2"], Execution(exchange=exchange, devices_per_node=2))

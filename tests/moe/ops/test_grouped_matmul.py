@@ -15,7 +15,6 @@ from tests import gpu
 from tests.closeness import assert_trees_equal_to_scale
 
 
-
 def in_stack(x_RD, w_EDF, sizes_E):
     stack_LEDF = jnp.stack([w_EDF + 1, w_EDF, w_EDF - 1])
     matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), landing(stack_LEDF)[1])

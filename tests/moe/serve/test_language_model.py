@@ -38,7 +38,12 @@ def test_ragged_prompts_together_give_what_recomputing_each_alone_gives(model):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, expert=4), MeshConfig(replica=2, expert=2), MeshConfig(expert=2, tensor=2)]
+    "mesh",
+    [
+        MeshConfig(data=2, expert=4),
+        pytest.param(MeshConfig(replica=2, expert=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(expert=2, tensor=2), marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_gives_the_same_tokens_and_logits(model, checkpoint, mesh):
     sharded = HunyuanMoE.from_hf(checkpoint, mesh=mesh)

@@ -24,6 +24,11 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def expected(run):
+    return HunyuanMoE.from_hf(run)(TOKENS)
+
+
 def difference(found, expected):
     """Root mean square, relative to the spread of the expected logits."""
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
@@ -31,8 +36,7 @@ def difference(found, expected):
 
 # Three bits of mantissa round a weight by 2.6% (root mean square), so fp8 may not be held to less.
 @pytest.mark.parametrize(("weights", "limit"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.1), ("nf4", 0.1)])
-def test_a_trained_models_logits_stay_close(run, weights, limit):
-    expected = HunyuanMoE.from_hf(run)(TOKENS)
+def test_a_trained_models_logits_stay_close(run, expected, weights, limit):
     found = difference(HunyuanMoE.from_hf(run, weights=weights)(TOKENS), expected)
     assert limit / 50 < found < limit
 

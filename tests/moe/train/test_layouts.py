@@ -126,9 +126,12 @@ def laid_out(*kinds: str) -> Layout:
     return Layout(make_mesh(mesh), config)
 
 
-# The quick tests have the others in test_step.py and tests/moe/ops/test_ring.py.
+QUICK = ("zero-2", "tensor", "heads", "experts over data", "gradients on host")
+
+
+# The quick tests have more of them in test_step.py and tests/moe/ops/test_ring.py.
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("zero-3", "experts", "ring"))) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
 )
 def test_alone(kind):
     assert_trees_equal_to_scale(three_steps(laid_out(kind), layers=1), on_one_device(layers=1))

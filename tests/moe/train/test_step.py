@@ -90,7 +90,9 @@ def without_wire(told):
     return gradients, metrics._replace(layers=metrics.layers._replace(wire_bytes_L=None, across_bytes_L=None)), balance
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dropless", "bias"))) for name in ROUTERS]
+)
 def test_eight_devices_give_the_loss_and_gradients_of_one(name):
     spread = one_step(blueprint_of(ROUTERS[name], MeshConfig(data=2, expert=4)))
     assert_trees_equal_to_scale(without_wire(spread), without_wire(on_one_device(name)))
@@ -159,12 +161,19 @@ def test_matrices_gathered_in_8_bits_give_the_gradients_of_the_rounded_ones(gath
     assert_trees_equal_to_scale(without_wire(told), without_wire(one_step(alone, by_hand)))
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2)], ids=str)
+# Without auxiliary losses: they are means over each part.
+UNBALANCED = RouterConfig(top_k=2, balance="none")
+
+
+@functools.cache
+def whole_batch():
+    return one_step(blueprint_of(UNBALANCED))
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), MeshConfig(data=2, expert=2)], ids=str)
 def test_microbatches_add_up_to_the_batch(mesh):
-    # Without auxiliary losses: they are means over each part.
-    router = RouterConfig(top_k=2, balance="none")
-    whole = one_step(blueprint_of(router))
-    parts = one_step(blueprint_of(router, mesh), microbatches=4)
+    whole = whole_batch()
+    parts = one_step(blueprint_of(UNBALANCED, mesh), microbatches=4)
     assert_trees_equal_to_scale(parts[0], whole[0])
     np.testing.assert_allclose(parts[1].loss, whole[1].loss, rtol=1e-5)
     assert int(parts[1].tokens) == int(whole[1].tokens) == int(batch_of().weights_BT.sum())

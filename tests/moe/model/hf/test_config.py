@@ -118,9 +118,9 @@ SMALL = ModelConfig(
     "changes",
     [
         {"cla_factor": 4, "router": RouterConfig(top_k=3)},
-        {"tie_embeddings": False, "qk_norm": "none"},
-        {"num_shared_experts": 0, "rope": RopeConfig(ntk_alpha=1.0)},
-        {"num_experts": 0, "d_dense": 20},
+        pytest.param({"tie_embeddings": False, "qk_norm": "none"}, marks=pytest.mark.slow),
+        pytest.param({"num_shared_experts": 0, "rope": RopeConfig(ntk_alpha=1.0)}, marks=pytest.mark.slow),
+        pytest.param({"num_experts": 0, "d_dense": 20}, marks=pytest.mark.slow),
         {"num_dense_layers": 1, "d_dense": 20, "head_dim": 8},
     ],
     ids=str,
