@@ -103,13 +103,15 @@ WITH_EXPERTS = [MeshConfig(expert=8), MeshConfig(replica=2, data=2, expert=2)]
 WITHOUT = [MeshConfig(data=8), MeshConfig(replica=8)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "exchange"),
+# In turns; tests/moe/model/test_moe_layer.py has every exchange with both.
+WITH_ROUTERS = zip(
+    itertools.cycle(("dropless", "capacity")),
     [*itertools.product(WITH_EXPERTS, BACKENDS), *((mesh, "padded") for mesh in WITHOUT)],
-    ids=str,
 )
-@pytest.mark.parametrize("name", ["dropless", "capacity"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh", "exchange"), [(name, *each) for name, each in WITH_ROUTERS], ids=str)
 def test_every_mesh_and_exchange_gives_the_loss_and_gradients_of_one(name, mesh, exchange):
     spread = one_step(
         blueprint_of(
