@@ -70,6 +70,8 @@ bench-peers: $(VENV)/installed .venv-peers/installed ## train and decode beside 
 bench: $(VENV)/installed ## measure: ratios against named rivals, with their spread
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.moe_layer
+	$(RUN) -m benchmarks.scaling
+	$(RUN) -m benchmarks.overheads
 	$(RUN) -m benchmarks.serving
 	$(RUN) -m benchmarks.checkpoint_memory
 	$(RUN) -m benchmarks.parity

@@ -25,9 +25,9 @@ from moe.model.presets import SPEED_158M
 from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
-from moe.train.step import make_train_step
+from moe.train.step import make_train_step, place_batch
 from parallel.large_pages import use_large_pages
-from parallel.layout import SINGLE_DEVICE
+from parallel.layout import SINGLE_DEVICE, Layout
 
 BATCH, LENGTH = 4, 512
 DENSE = replace(SPEED_158M, num_experts=0, num_shared_experts=0, d_dense=2 * SPEED_158M.d_expert)
@@ -50,12 +50,16 @@ def drawn_batch(vocab_size: int, batch: int, length: int) -> Batch:
 
 
 def stepper(
-    config: ModelConfig, precision: Precision, batch: int = BATCH, length: int = LENGTH
+    config: ModelConfig,
+    precision: Precision,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    layout: Layout = SINGLE_DEVICE,
 ) -> tuple[Callable[[], tuple[float, float]], float]:
     """A function that takes one step and returns its seconds and its loss, and the model FLOPs of a token."""
-    blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), SINGLE_DEVICE, steps=10_000)
+    blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), layout, steps=10_000)
     step = make_train_step(blueprint, seed=0)
-    given = drawn_batch(config.vocab_size, batch, length)
+    given = place_batch(drawn_batch(config.vocab_size, batch, length), layout)
     state = blueprint.create_state(seed=0)
 
     def take() -> tuple[float, float]:

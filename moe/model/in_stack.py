@@ -38,10 +38,7 @@ def put_back(weights: nnx.State, stacks: list[jax.Array], place: jax.Array) -> n
     found = iter(stacks)
     return jax.tree.unflatten(
         treedef,
-        [
-            param.replace(InStack(next(found), place, param[...])) if _is_experts(param) else param
-            for param in params
-        ],
+        [param.replace(InStack(next(found), place, param[...])) if _is_experts(param) else param for param in params],
     )
 
 

@@ -54,7 +54,7 @@ def grouped_matmul(
 
 
 def reads_stacks(backend: Backend) -> bool:
-    """Whether the product takes matrices where they stand among those of all layers (moe/ops/grouped_matmul/in_stack.py)."""
+    """Whether the product takes matrices where they stand among those of all layers, as `InStack`."""
     return _chosen(backend) == "blocked"
 
 

@@ -34,9 +34,7 @@ def _backward(saved, dy_RF: jax.Array):
     x_RD, w_EDF, sizes_E = saved
     dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
     dw_EDF = weights_product(x_RD, dy_RF, sizes_E, x_RD.dtype)
-    if isinstance(w_EDF, InStack):
-        dw_EDF = InStack(None, None, dw_EDF.astype(w_EDF.landing_EDF.dtype))
-    return dx_RD, dw_EDF, None
+    return dx_RD, w_EDF.landed(dw_EDF) if isinstance(w_EDF, InStack) else dw_EDF, None
 
 
 blocked_matmul.defvjp(_forward, _backward)

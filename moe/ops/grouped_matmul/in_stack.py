@@ -4,7 +4,7 @@ A loop over layers that hands each turn its layer's matrices copies them all; th
 the other, and may be told where they are instead.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,11 @@ class InStack(NamedTuple):
     def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Those of the groups e, i32 of any shape."""
         return from_bits(as_bits(self.stack_LEDF)[self.layer, e], jnp.bfloat16).astype(dtype)
+
+    def landed(self, dw_EDF: jax.Array) -> "InStack":
+        """The gradient of this, for `jax.custom_vjp`: that of the landing alone."""
+        nothing: Any = None
+        return InStack(nothing, nothing, dw_EDF.astype(self.landing_EDF.dtype))
 
 
 @jax.custom_vjp
