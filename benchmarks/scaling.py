@@ -4,8 +4,8 @@
 
 Each row is beside the base, a model of the 158M preset's width with two layers on one device, and tells how many times
 as long it takes and how many times the work of products it is; their quotient says what growing costs. More experts
-are more weights, for the optimizer above all, and no more products. Virtual devices share the same cores. All take turns
-in one process; ratios compare turns with turns.
+are more weights, for the optimizer above all, and no more products. Virtual devices share the same cores. All take
+turns in one process; ratios compare turns with turns.
 """
 
 import argparse
