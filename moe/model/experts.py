@@ -72,9 +72,10 @@ class Experts(nnx.Module):
         return ExpertWeights(gate, up, down, histories, adapters)
 
     def reads_stacks(self, layout: Layout) -> bool:
-        """Whether `weights` may be left where they stand: nothing gathers them, and nothing but products reads them."""
-        plain = self.products.recipe is None and not self.products.histories
-        return layout.mesh is None and plain and not isinstance(self.w_gate_EDF.get_value(), QuantizedWeight)
+        """Whether `weights` may be left where they stand: nothing gathers them, and nothing but products in the compute
+        format reads them."""
+        products = self.products
+        return layout.mesh is None and products.recipe is None and not (products.histories or products.quantizes_rows)
 
     @property
     def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:

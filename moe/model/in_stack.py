@@ -8,10 +8,11 @@ from flax import nnx
 from moe.model.block import Group
 from moe.model.moe_layer import MoELayer
 from moe.ops.grouped_matmul.in_stack import InStack, landing
+from moe.ops.quantize import QuantizedWeight
 from parallel.layout import Layout
 
 
-def taken_out(stack: Group, weights: nnx.State, layout: Layout) -> tuple[list[jax.Array], nnx.State]:
+def taken_out(stack: Group, weights: nnx.State, layout: Layout) -> tuple[list[Any], nnx.State]:
     """The stacked matrices that the loop's turns are to read in place, and the weights with landings instead of them.
 
     Args:
@@ -21,12 +22,12 @@ def taken_out(stack: Group, weights: nnx.State, layout: Layout) -> tuple[list[ja
     if not layers or not all(layer.reads_stacks(layout) for layer in layers):
         return [], weights
     params, treedef = jax.tree.flatten(weights, is_leaf=_is_param)
-    stacks = [jax.lax.stop_gradient(param[...]) for param in params if _is_experts(param)]
-    landings = [param.replace(landing(param[...])) if _is_experts(param) else param for param in params]
-    return stacks, jax.tree.unflatten(treedef, landings)
+    stacks = [jax.lax.stop_gradient(param.get_value()) for param in params if _is_experts(param)]
+    left = [param.replace(_landing(param.get_value())) if _is_experts(param) else param for param in params]
+    return stacks, jax.tree.unflatten(treedef, left)
 
 
-def put_back(weights: nnx.State, stacks: list[jax.Array], place: jax.Array) -> nnx.State:
+def put_back(weights: nnx.State, stacks: list[Any], place: jax.Array) -> nnx.State:
     """One turn's weights, the matrices of the stacks among them.
 
     Args:
@@ -38,8 +39,15 @@ def put_back(weights: nnx.State, stacks: list[jax.Array], place: jax.Array) -> n
     found = iter(stacks)
     return jax.tree.unflatten(
         treedef,
-        [param.replace(InStack(next(found), place, param[...])) if _is_experts(param) else param for param in params],
+        [
+            param.replace(InStack(next(found), place, param.get_value())) if _is_experts(param) else param
+            for param in params
+        ],
     )
+
+
+def _landing(stack: Any) -> jax.Array | None:
+    return None if isinstance(stack, QuantizedWeight) else landing(stack)
 
 
 def _is_param(x: Any) -> bool:

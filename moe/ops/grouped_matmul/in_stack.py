@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
+from moe.ops.quantize import QuantizedWeight, dequantize
 
 
 class InStack(NamedTuple):
@@ -18,12 +19,12 @@ class InStack(NamedTuple):
 
     stack_LEDF: those of all layers, in any format; bfloat16 may be given as its bits. It gets no gradient.
     layer: i32[], the layer's number in the stack.
-    landing_EDF: an array that no product reads, and whose gradient is the matrices'.
+    landing_EDF: an array that no product reads, and whose gradient is the matrices'; None where they are quantized.
     """
 
-    stack_LEDF: jax.Array
+    stack_LEDF: jax.Array | QuantizedWeight
     layer: jax.Array
-    landing_EDF: jax.Array
+    landing_EDF: jax.Array | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,17 +32,20 @@ class InStack(NamedTuple):
 
     def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Those of the groups e, i32 of any shape."""
+        if isinstance(self.stack_LEDF, QuantizedWeight):
+            return dequantize(jax.tree.map(lambda x: x[self.layer, e], self.stack_LEDF), dtype)
         return from_bits(as_bits(self.stack_LEDF)[self.layer, e], jnp.bfloat16).astype(dtype)
 
     def landed(self, dw_EDF: jax.Array) -> "InStack":
         """The gradient of this, for `jax.custom_vjp`: that of the landing alone."""
         nothing: Any = None
-        return InStack(nothing, nothing, dw_EDF.astype(self.landing_EDF.dtype))
+        landing_EDF = self.landing_EDF
+        return InStack(nothing, nothing, None if landing_EDF is None else dw_EDF.astype(landing_EDF.dtype))
 
 
 @jax.custom_vjp
 def landing(stack_LEDF: jax.Array) -> jax.Array:
-    """Zeros, whose gradient becomes that of the stack."""
+    """Zeros, whose gradient becomes that of the stack; of which a turn's part is its `landing_EDF`."""
     return jnp.zeros_like(stack_LEDF)
 
 

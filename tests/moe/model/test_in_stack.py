@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -60,3 +61,13 @@ def test_frozen_matrices_cost_no_gradient():
     gradient = jax.jit(jax.grad(of_embedding))
     assert np.abs(gradient(embedding[...])).max() > 0
     assert not LAYER.search(gradient.lower(embedding[...]).compile().as_text())
+
+
+@pytest.mark.parametrize("frozen", ["int8", "fp8", "int4", "nf4"])
+def test_quantized_matrices_are_widened_one_by_one(frozen):
+    precision = dataclasses.replace(FULL, frozen=frozen)
+    (in_stack, *given), (taken_out, *_) = loss_of("blocked", precision), loss_of("ragged", precision)
+    expected = jax.jit(taken_out)(*given)
+    assert_trees_equal_to_scale(jax.jit(in_stack)(*given), expected)
+    assert LAYER.search(jax.jit(taken_out).lower(*given).compile().as_text())
+    assert not LAYER.search(jax.jit(in_stack).lower(*given).compile().as_text())
