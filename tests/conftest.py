@@ -3,12 +3,14 @@ them."""
 
 import os
 
-# LLVM's expensive passes took nearly half of the tests' time, and writing each fusion by MLIR a quarter of what was
-# left. Processes that tests start do without them as well.
+# LLVM's expensive passes took nearly half of the tests' time. Processes that tests start do without them as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+
+if jax.__version_info__ < (0, 11):
+    # Writing each fusion by MLIR took a quarter of what was left. Later versions have no such flag.
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 from tests.gpu import PLATFORMS
 
