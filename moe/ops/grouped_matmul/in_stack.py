@@ -17,7 +17,7 @@ from moe.ops.quantize import QuantizedWeight, dequantize
 class InStack(NamedTuple):
     """E matrices of one layer.
 
-    stack_LEDF: those of all layers, in any format; bfloat16 may be given as its bits. It gets no gradient.
+    stack_LEDF: those of all layers, in any format; what is bfloat16 may be given as its bits. It gets no gradient.
     layer: i32[], the layer's number in the stack.
     landing_EDF: an array that no product reads, and whose gradient is the matrices'; None where they are quantized.
     """
@@ -32,9 +32,8 @@ class InStack(NamedTuple):
 
     def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Those of the groups e, i32 of any shape."""
-        if isinstance(self.stack_LEDF, QuantizedWeight):
-            return dequantize(jax.tree.map(lambda x: x[self.layer, e], self.stack_LEDF), dtype)
-        return from_bits(as_bits(self.stack_LEDF)[self.layer, e], jnp.bfloat16).astype(dtype)
+        found = jax.tree.map(lambda x: from_bits(as_bits(x)[self.layer, e], jnp.bfloat16), self.stack_LEDF)
+        return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
 
     def landed(self, dw_EDF: jax.Array) -> "InStack":
         """The gradient of this, for `jax.custom_vjp`: that of the landing alone."""

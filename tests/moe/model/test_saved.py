@@ -11,7 +11,7 @@ from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
 from moe.model.transformer import Transformer
 
-B, T, D = 3, 40, 32
+B, T, D = 3, 80, 32
 BF16 = Precision()
 MODEL = ModelConfig(
     vocab_size=64, d_model=D, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, d_expert=48,

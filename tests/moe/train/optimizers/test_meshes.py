@@ -87,4 +87,4 @@ def test_no_device_orthogonalizes_more_than_its_share(axes, shape, mesh, share):
     matrices = math.prod(shape[: 2 if "E" in axes else 1])
     assert share == math.ceil(matrices / 8)
     assert "all-to-all" in text
-    assert_trees_equal_to_scale(program(jax.device_put(x, where)), orthogonalized(x, axes, SINGLE_DEVICE), 2e-6)
+    assert_trees_equal_to_scale(program(jax.device_put(x, where)), orthogonalized(x, axes, SINGLE_DEVICE), 5e-5)
