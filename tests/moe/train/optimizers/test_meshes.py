@@ -44,11 +44,12 @@ QUICK = {("muon", "stages")}
 )
 def test_steps_are_those_of_one_device(name, mesh):
     dtype, settings = OPTIMIZERS[name]
-    # Gradients are the same to the last bit here, and so is what is rounded from them.
+    # Gradients are the same to the last bit here. A parameter's step may differ in it where XLA fuses otherwise, and what
+    # rounding to bfloat16 lost is smaller than a parameter by 2^9.
     config = OptimizerConfig(warmup_steps=0, clip_norm=None, **settings)
     spread = steps_on(Layout(make_mesh(MESHES[mesh][0]), MESHES[mesh][1]), config, dtype)
     alone = steps_on(SINGLE_DEVICE, config, dtype)
-    assert_trees_equal_to_scale(spread, alone, tolerance=1e-6)
+    assert_trees_equal_to_scale(spread, alone, tolerance=2**9 * 2**-24)
     for x in jax.tree.leaves(spread[1]):
         # All but vectors and means over one of a matrix's sides; scales as their values.
         if x.ndim > 2 and 1 not in x.shape:
