@@ -44,7 +44,7 @@ QUICK = {("muon", "stages")}
 )
 def test_steps_are_those_of_one_device(name, mesh):
     dtype, settings = OPTIMIZERS[name]
-    # Gradients are the same to the last bit here. A step may differ in a parameter's last one where XLA fuses otherwise,
+    # Gradients are the same to the last bit here. A step may differ in a parameter's last one, as XLA fuses it,
     # and what rounding to bfloat16 lost is smaller than a parameter by 2^9.
     config = OptimizerConfig(warmup_steps=0, clip_norm=None, **settings)
     spread = steps_on(Layout(make_mesh(MESHES[mesh][0]), MESHES[mesh][1]), config, dtype)
