@@ -21,10 +21,8 @@ def taken_out(stack: Group, weights: nnx.State, layout: Layout) -> tuple[list[An
     layers = [block.feed_forward for block in stack.blocks if isinstance(block.feed_forward, MoELayer)]
     if not layers or not all(layer.reads_stacks(layout) for layer in layers):
         return [], weights
-    params, treedef = jax.tree.flatten(weights, is_leaf=_is_param)
-    stacks = [jax.lax.stop_gradient(param.get_value()) for param in params if _is_experts(param)]
-    left = [param.replace(_landing(param.get_value())) if _is_experts(param) else param for param in params]
-    return stacks, jax.tree.unflatten(treedef, left)
+    stacks = _experts_of(weights)
+    return jax.lax.stop_gradient(stacks), _with_experts(weights, [_landing(stack) for stack in stacks])
 
 
 def put_back(weights: nnx.State, stacks: list[Any], place: jax.Array) -> nnx.State:
@@ -35,15 +33,18 @@ def put_back(weights: nnx.State, stacks: list[Any], place: jax.Array) -> nnx.Sta
     """
     if not stacks:
         return weights
-    params, treedef = jax.tree.flatten(weights, is_leaf=_is_param)
-    found = iter(stacks)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            param.replace(InStack(next(found), place, param.get_value())) if _is_experts(param) else param
-            for param in params
-        ],
-    )
+    in_place = [InStack(stack, place, where) for stack, where in zip(stacks, _experts_of(weights), strict=True)]
+    return _with_experts(weights, in_place)
+
+
+def _experts_of(weights: nnx.State) -> list[Any]:
+    return [param.get_value() for param in jax.tree.leaves(weights, is_leaf=_is_param) if _is_experts(param)]
+
+
+def _with_experts(weights: nnx.State, values: list[Any]) -> nnx.State:
+    """The weights with these in place of the experts', in the order of `_experts_of`."""
+    given = iter(values)
+    return jax.tree.map(lambda p: p.replace(next(given)) if _is_experts(p) else p, weights, is_leaf=_is_param)
 
 
 def _landing(stack: Any) -> jax.Array | None:
