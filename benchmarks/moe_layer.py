@@ -19,7 +19,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spread import spread
+from benchmarks.spread import machine, spread
 from moe.model.config import RouterConfig
 from moe.model.execution import Execution
 from moe.model.feed_forward import FeedForward
@@ -112,10 +112,7 @@ def main() -> None:
         )
     layers = dict.fromkeys(layer for pair in PAIRS for layer in pair)
     console = Console(width=140, highlight=False)
-    console.print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.tokens} tokens, {options.repeats} turns: "
-        "median (least to most)"
-    )
+    console.print(f"{machine()}, {options.tokens} tokens, {options.repeats} turns: median (least to most)")
     for format, precision in FORMATS.items():
         runners = {layer: layer.runner(precision, options.tokens) for layer in layers}
         seconds: dict[Layer, list[float]] = {layer: [] for layer in layers}

@@ -7,7 +7,6 @@ to make a batch ready, as a share of a step's; and what a save adds to the steps
 of the 50 steps from one save to the next.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from benchmarks.spread import spread
+from benchmarks.spread import asked_repeats, machine, spread
 from experiments.experiment import Experiment
 from experiments.tiny import experiment as tiny
 from moe.train.checkpoint import CheckpointStore
@@ -70,13 +69,9 @@ class Stepper:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overheads", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="saves (default: %(default)s)")
-    repeats = parser.parse_args().repeats
-    if repeats < 1:
-        parser.error(f"--repeats {repeats}: give 1 or more")
+    repeats = asked_repeats("benchmarks.overheads", __doc__, 3, "saves")
     console = Console(width=120, highlight=False)
-    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: median (least to most)")
+    console.print(f"{machine()}: median (least to most)")
     blueprint = tiny.blueprint()
     data = open_data(tiny.data, vocab_size=tiny.model.vocab_size, seed=0, report=console.print)
 

@@ -8,7 +8,6 @@ are more weights, for the optimizer above all, and no more products. Virtual dev
 turns in one process; ratios compare turns with turns.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spread import spread
+from benchmarks.spread import asked_repeats, machine, spread
 from benchmarks.train_step import stepper
 from moe.model.precision import FULL
 from moe.model.presets import SPEED_158M
@@ -63,13 +62,9 @@ CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each case (default: %(default)s)")
-    repeats = parser.parse_args().repeats
-    if repeats < 1:
-        parser.error(f"--repeats {repeats}: give 1 or more")
+    repeats = asked_repeats("benchmarks.scaling", __doc__, 5, "turns of each case")
     console = Console(width=120, highlight=False)
-    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {repeats} turns: median (least to most)")
+    console.print(f"{machine()}, {repeats} turns: median (least to most)")
     table = Table("float32", "time, times the base's", "work", "time for the work", box=None)
     take_base, work_of_base = BASE.ready()
     for case in CASES:

@@ -23,7 +23,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spread import spread
+from benchmarks.spread import machine, spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.execution import Execution
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: %(default)s)")
     repeats = parser.parse_args().repeats
     console = Console(width=120, highlight=False)
-    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {repeats} turns: median (least to most)")
+    console.print(f"{machine()}, {repeats} turns: median (least to most)")
     console.print(cache_table(), "")
     with tempfile.TemporaryDirectory() as folder:
         model = small_model(Path(folder) / "model")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals.job import draw_tokens
-from benchmarks.spread import spread
+from benchmarks.spread import machine, spread
 from moe.model.config import ModelConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
@@ -97,7 +97,7 @@ def main() -> None:
             spread(ratios.tolist(), 2),
         )
     console = Console(width=120, highlight=False)
-    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {repeats} turns: median (least to most)")
+    console.print(f"{machine()}, {repeats} turns: median (least to most)")
     console.print(table)
 
 

@@ -40,25 +40,26 @@ def grouped_matmul(
     R, E = x_RD.shape[0], w_EDF.shape[0]
     if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
         raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
-    backend = _chosen(backend)
+    chosen = for_platform(backend)
     if isinstance(w_EDF, InStack):
         if not reads_stacks(backend):
-            raise ValueError(f"the grouped product {backend!r} reads no stacks: give it one layer's matrices")
+            raise ValueError(f"the grouped product {chosen!r} reads no stacks: give it one layer's matrices")
     elif x_RD.dtype != w_EDF.dtype:
         raise ValueError(f"x_RD is {x_RD.dtype} and w_EDF {w_EDF.dtype}: cast both to the compute format")
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
-    if backend not in _BACKENDS:
+    if chosen not in _BACKENDS:
         raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](x_RD, w_EDF, sizes_E)
+    return _BACKENDS[chosen](x_RD, w_EDF, sizes_E)
 
 
 def reads_stacks(backend: Backend) -> bool:
     """Whether the product takes matrices where they stand among those of all layers, as `InStack`."""
-    return _chosen(backend) == "blocked"
+    return for_platform(backend) == "blocked"
 
 
-def _chosen(backend: Backend) -> Backend:
+def for_platform(backend: str) -> str:
+    """The backend that "auto" stands for here; any other as it is."""
     if backend != "auto":
         return backend
     return "triton" if platform() == "gpu" else "blocked"

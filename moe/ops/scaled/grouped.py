@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moe.ops.grouped_matmul import for_platform
 from moe.ops.grouped_matmul.blocked import rows_product, weights_product
 from moe.ops.grouped_matmul.triton import HIGHEST, height
 from moe.ops.scaled.history import DY, W, X, next_history, quantize_delayed
@@ -57,13 +58,12 @@ def scaled_grouped_matmul(
     recipe.check_history(history)
     if R == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
-    if backend == "auto":
-        backend = "triton" if platform() == "gpu" else "blocked"
-    if backend not in ("blocked", "triton"):
+    chosen = for_platform(backend)
+    if chosen not in ("blocked", "triton"):
         raise ValueError(f"execution.grouped_matmul={backend!r}: in 8 bits give 'auto', 'blocked' or 'triton'")
-    if backend == "triton" and platform() != "gpu":
+    if chosen == "triton" and platform() != "gpu":
         raise ValueError(f'backend "triton" needs an NVIDIA GPU, this is {platform()}: use "blocked" or "auto"')
-    products = BLOCKED if backend == "blocked" else triton_products(interpret=False)
+    products = BLOCKED if chosen == "blocked" else triton_products(interpret=False)
     return grouped(recipe, products, split, x_RD, w_EDF, sizes_E, history)
 
 
