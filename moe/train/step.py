@@ -145,7 +145,10 @@ def make_train_step(
                 grads, params = (blueprint.by_axes(layout.shard, each) for each in (grads, state.params))
                 norm = global_norm(grads)
                 update = optax.with_extra_args_support(blueprint.optimizer).update
-                updates, opt_state = update(grads, fetched(state.opt_state), params, norm=norm, key=rounding)
+                # Not where nothing waits elsewhere: the next state would be bound to its device as the first one is
+                # not, and the step be compiled for each of the two.
+                opt_state = fetched(state.opt_state) if layout.config.on_host else state.opt_state
+                updates, opt_state = update(grads, opt_state, params, norm=norm, key=rounding)
                 params = optax.apply_updates(params, updates)
         metrics = StepMetrics(
             loss=loss / jnp.maximum(num_targets, 1.0),

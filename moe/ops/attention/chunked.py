@@ -50,10 +50,24 @@ def _key_blocks(causal: bool, positions_BT: jax.Array, num_blocks: int) -> jax.A
 
 def _scores(q_BMGTH, k_BMSH, places, causal, first_key):
     """f32 scores of one block of queries on one of keys, and bool [B, 1, 1, T, S] which of them count."""
+    scores_BMGTS = _product("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
+    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, _allowed(places, causal, first_key)[:, None, None]
+
+
+def _scores_by_key(q_BMGTH, k_BMSH, places, causal, first_key):
+    """`_scores` as [B, M, S, G, T]."""
+    scores_BMSGT = _product("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH)
+    allowed_BST = _allowed(places, causal, first_key).swapaxes(1, 2)
+    return scores_BMSGT * q_BMGTH.shape[-1] ** -0.5, allowed_BST[:, None, :, None]
+
+
+def _allowed(places, causal, first_key):
     positions_BT, segments_BT, segments_BS = places
-    allowed_BTS = visible(positions_BT, segments_BT, first_key + jnp.arange(BLOCK), segments_BS, causal)
-    scores_BMGTS = jnp.einsum("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH, preferred_element_type=jnp.float32)
-    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, allowed_BTS[:, None, None]
+    return visible(positions_BT, segments_BT, first_key + jnp.arange(BLOCK), segments_BS, causal)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,9 +94,7 @@ def attend_forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: 
             new_largest = jnp.maximum(largest, jnp.where(allowed, scores, _HIDDEN).max(-1))
             weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0)
             shrink = jnp.exp(largest - new_largest)
-            values = jnp.einsum(
-                "BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2), preferred_element_type=jnp.float32
-            )
+            values = _product("BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2))
             return new_largest, total * shrink + weights.sum(-1), y * shrink[..., None] + values
 
         start = jnp.full(q.shape[:-1], _HIDDEN), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
@@ -100,7 +112,9 @@ def attend_forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: 
 def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
     """Gradients of q, k and v; summed over several sets of keys where y and the log-sum-exp are over all of them.
 
-    Equations of FlashAttention-2 (arXiv 2307.08691, algorithm 2), queries in the outer loop.
+    Equations of FlashAttention-2 (arXiv 2307.08691, algorithm 2), queries in the outer loop. Scores stand by key: for
+    two of the three products that they go into they would be transposed otherwise, which on CPU takes longer than the
+    product.
     """
     q_BMGTH, k_BMSH, v_BMSH, (positions_BT, segments_BT, segments_BS), y_BMGTH, log_total_BMGT = saved
     scale = q_BMGTH.shape[-1] ** -0.5
@@ -113,13 +127,14 @@ def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
         def key_block(j, carry):
             dq, dk_BMSH, dv_BMSH = carry
             k, v = _block(k_BMSH, j, 2), _block(v_BMSH, j, 2)
-            scores, allowed = _scores(q, k, (positions, segments, _block(segments_BS, j, 1)), causal, j * BLOCK)
-            weights = jnp.where(allowed, jnp.exp(scores - log_total[..., None]), 0)
-            dweights = jnp.einsum("BMGTH,BMSH->BMGTS", dy, v, preferred_element_type=jnp.float32)
-            dscores = (weights * (dweights - delta[..., None]) * scale).astype(q.dtype)
-            dq += jnp.einsum("BMGTS,BMSH->BMGTH", dscores, k, preferred_element_type=jnp.float32)
-            dk = jnp.einsum("BMGTS,BMGTH->BMSH", dscores, q, preferred_element_type=jnp.float32)
-            dv = jnp.einsum("BMGTS,BMGTH->BMSH", weights.astype(q.dtype), dy, preferred_element_type=jnp.float32)
+            here = positions, segments, _block(segments_BS, j, 1)
+            scores_BMSGT, allowed = _scores_by_key(q, k, here, causal, j * BLOCK)
+            weights_BMSGT = jnp.where(allowed, jnp.exp(scores_BMSGT - log_total[:, :, None]), 0)
+            dweights_BMSGT = _product("BMSH,BMGTH->BMSGT", v, dy)
+            dscores_BMSGT = (weights_BMSGT * (dweights_BMSGT - delta[:, :, None]) * scale).astype(q.dtype)
+            dq += _queries_gradient(dscores_BMSGT, k)
+            dk = _product("BMSGT,BMGTH->BMSH", dscores_BMSGT, q)
+            dv = _product("BMSGT,BMGTH->BMSH", weights_BMSGT.astype(q.dtype), dy)
             return dq, _add(dk_BMSH, dk, j), _add(dv_BMSH, dv, j)
 
         num_blocks = _key_blocks(causal, positions, k_BMSH.shape[2] // BLOCK)
@@ -130,6 +145,14 @@ def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
     (dk_BMSH, dv_BMSH), dq = jax.lax.scan(query_block, zeros, jnp.arange(q_BMGTH.shape[3] // BLOCK))
     dq_BMGTH = jnp.moveaxis(dq, 0, 3).reshape(q_BMGTH.shape)
     return dq_BMGTH, dk_BMSH.astype(k_BMSH.dtype), dv_BMSH.astype(v_BMSH.dtype), None
+
+
+def _queries_gradient(dscores_BMSGT: jax.Array, k_BMSH: jax.Array) -> jax.Array:
+    """f32 [B, M, G, T, H]: the product over keys, of which in float32 keys, being fewer, are transposed and the result
+    is; bfloat16 has to be laid out anew for the second operand in any case, and its scores are."""
+    if dscores_BMSGT.dtype == jnp.float32:
+        return jnp.moveaxis(_product("BMSH,BMSGT->BMHGT", k_BMSH, dscores_BMSGT), 2, -1)
+    return _product("BMSGT,BMSH->BMGTH", dscores_BMSGT, k_BMSH)
 
 
 def _add(x_BMSH: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:

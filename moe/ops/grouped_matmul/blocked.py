@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.in_stack import InStack
-from moe.ops.matmul import transposed
+from moe.ops.matmul import is_transposed_first, transposed
 
 HEIGHTS = (32, 64, 96, 128, 192, 256)
 """Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
@@ -62,8 +62,8 @@ def _take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[
     return from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), first, height, axis), x_RD.dtype), first
 
 
-def _multiply(a: jax.Array, b: jax.Array, contract_b: int, dtype: DTypeLike) -> jax.Array:
-    dims = (((1,), (contract_b,)), ((), ()))
+def _multiply(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: DTypeLike) -> jax.Array:
+    dims = (((contract_a,), (contract_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=_summed_in(dtype)).astype(dtype)
 
 
@@ -92,7 +92,7 @@ def rows_product(
 
         def block(height, row, y_RF):
             x_bD, first = _take(x_RD, height, row)
-            y_bF = as_bits(_multiply(x_bD, w_DF, contract_w, dtype))
+            y_bF = as_bits(_multiply(x_bD, w_DF, 1, contract_w, dtype))
             before_bF = jax.lax.dynamic_slice_in_dim(y_RF, first, height)
             rows = first + jnp.arange(height, dtype=jnp.int32)
             mine_b1 = ((rows >= row) & (rows < end))[:, None]
@@ -116,19 +116,19 @@ def _few_rows_product(
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
-    ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
-    x_DR, wide = transposed(x_RD), _summed_in(dtype)
+    ends_E, wide = jnp.cumsum(sizes_E.astype(jnp.int32)), _summed_in(dtype)
+    x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
     def group(_, e):
         end = ends_E[e]
 
         def block(height, row, dw_DF):
-            x_Db, first = _take(x_DR, height, row, axis=1)
+            x_block, first = _take(x, height, row, rows_axis)
             dy_bF, _ = _take(dy_RF, height, row)
             rows = first + jnp.arange(height, dtype=jnp.int32)
             mine_b = (rows >= row) & (rows < end)
-            x_Db, dy_bF = jnp.where(mine_b, x_Db, 0), jnp.where(mine_b[:, None], dy_bF, 0)
-            return dw_DF + _multiply(x_Db, dy_bF, 0, wide)
+            x_block = jnp.where(jnp.expand_dims(mine_b, 1 - rows_axis), x_block, 0)
+            return dw_DF + _multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, wide)
 
         zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), wide)
         dw_DF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF)
