@@ -13,7 +13,7 @@ from moe.model.execution import Execution
 from moe.model.parameter import as_kept, matrix, placed, used
 from moe.model.precision import Precision
 from moe.model.products import Products, recorded, split_of, spread
-from moe.ops.grouped_matmul import InStack, grouped_matmul
+from moe.ops.grouped_matmul import InStack, grouped_matmul, grouped_matmul_in_stack
 from moe.ops.quantize import QuantizedWeight
 from moe.ops.scaled import Recipe, Split, frozen_grouped_matmul, scaled_grouped_matmul
 from moe.ops.swiglu import swiglu
@@ -77,6 +77,12 @@ class Experts(nnx.Module):
         products = self.products
         return layout.mesh is None and products.recipe is None and not (products.histories or products.quantizes_rows)
 
+    def have_read(self, stacks: dict[str, InStack]) -> None:
+        """Takes over the stacks as `apply_experts` leaves them, by product."""
+        for name, weight in zip(self.products.names, self._matrices, strict=True):
+            if name in stacks:
+                weight.set_value(stacks[name])
+
     @property
     def _matrices(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
         return self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD
@@ -120,7 +126,7 @@ def apply_experts(
     recipe: Recipe | None = None,
     split: Split = (),
     gates_R: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, dict[str, InStack]]:
     """Applies expert e to the next counts_E[e] rows.
 
     Args:
@@ -129,8 +135,9 @@ def apply_experts(
         gates_R: f32, by which each row's output is multiplied; None for 1.
 
     Returns:
-        y_RD, of the rows' dtype; zeros after the last expert's rows.
+        y_RD, of the rows' dtype; zeros after the last expert's rows. And by product, the stacks that were read.
     """
+    read: dict[str, InStack] = {}
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
     backend: Any = execution.grouped_matmul
     grouped = partial(grouped_matmul, sizes_E=counts_E, backend=backend)
@@ -140,7 +147,8 @@ def apply_experts(
         if isinstance(w, QuantizedWeight):
             return frozen_grouped_matmul(x, w, counts_E)
         if isinstance(w, InStack):
-            return grouped(x, w)
+            y, read[name] = grouped_matmul_in_stack(x, w, counts_E, backend=backend)
+            return y
         if recipe is None:
             return recorded(grouped(x, w), x, w, history, owned_R1)
         multiply = partial(scaled_grouped_matmul, x, w, counts_E, recipe, backend=backend, split=axes)
@@ -160,4 +168,4 @@ def apply_experts(
     with jax.named_scope("experts"):
         gate_RF = adapted("gate", rows_RD, weights.gate_EDF, split)
         up_RF = adapted("up", rows_RD, weights.up_EDF, split)
-        return adapted("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split)
+        return adapted("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split), read

@@ -1,6 +1,6 @@
 """Experts' matrices that a loop over layers leaves in their stack (moe/ops/grouped_matmul/in_stack.py)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -12,29 +12,44 @@ from moe.ops.quantize import QuantizedWeight
 from parallel.layout import Layout
 
 
-def taken_out(stack: Group, weights: nnx.State, layout: Layout) -> tuple[list[Any], nnx.State]:
-    """The stacked matrices that the loop's turns are to read in place, and the weights with landings instead of them.
+class Stacks(NamedTuple):
+    """matrices: of all layers, one stack for each of the experts' products. landings: what goes through the loop for
+    their gradients; None for those that get none."""
+
+    matrices: list[Any]
+    landings: list[jax.Array | None]
+
+
+def taken_out(stack: Group, weights: nnx.State, layout: Layout, *, trained: bool) -> tuple[Stacks, nnx.State]:
+    """The stacked matrices that the loop's turns are to read in place, and the weights without them.
 
     Args:
-        stack: of groups of layers. weights: its parameters.
+        stack: of groups of layers. weights: its parameters. trained: whether these get gradients.
     """
     layers = [block.feed_forward for block in stack.blocks if isinstance(block.feed_forward, MoELayer)]
     if not layers or not all(layer.reads_stacks(layout) for layer in layers):
-        return [], weights
-    stacks = _experts_of(weights)
-    return jax.lax.stop_gradient(stacks), _with_experts(weights, [_landing(stack) for stack in stacks])
+        return Stacks([], []), weights
+    matrices = _experts_of(weights)
+    landings = [landing(w) if trained and not isinstance(w, QuantizedWeight) else None for w in matrices]
+    return Stacks(jax.lax.stop_gradient(matrices), landings), _with_experts(weights, [None] * len(matrices))
 
 
-def put_back(weights: nnx.State, stacks: list[Any], place: jax.Array) -> nnx.State:
+def put_back(weights: nnx.State, stacks: Stacks, place: jax.Array) -> nnx.State:
     """One turn's weights, the matrices of the stacks among them.
 
     Args:
         place: i32[], the turn.
     """
-    if not stacks:
+    if not stacks.matrices:
         return weights
-    in_place = [InStack(stack, place, where) for stack, where in zip(stacks, _experts_of(weights), strict=True)]
-    return _with_experts(weights, in_place)
+    return _with_experts(weights, [InStack(w, place, where) for w, where in zip(*stacks, strict=True)])
+
+
+def landings_after(group: Group, stacks: Stacks) -> list[jax.Array | None]:
+    """The landings for the next turn, after a group has read its matrices."""
+    if not stacks.matrices:
+        return []
+    return [w.landing_LEDF for w in _experts_of(nnx.state(group, nnx.Param))]
 
 
 def _experts_of(weights: nnx.State) -> list[Any]:
@@ -45,10 +60,6 @@ def _with_experts(weights: nnx.State, values: list[Any]) -> nnx.State:
     """The weights with these in place of the experts', in the order of `_experts_of`."""
     given = iter(values)
     return jax.tree.map(lambda p: p.replace(next(given)) if _is_experts(p) else p, weights, is_leaf=_is_param)
-
-
-def _landing(stack: Any) -> jax.Array | None:
-    return None if isinstance(stack, QuantizedWeight) else landing(stack)
 
 
 def _is_param(x: Any) -> bool:

@@ -62,8 +62,10 @@ class MoELayer(nnx.Module):
             self.shared = FeedForward(config.d_model, width, "shared_expert", config.init_std, precision, rngs=rngs)
 
     def reads_stacks(self, layout: Layout) -> bool:
-        """Whether the experts' matrices may be left in the stack of all layers."""
-        return reads_stacks(self.execution.grouped_matmul) and self.experts.reads_stacks(layout)
+        """Whether the experts' matrices may be left in the stack of all layers: they are then multiplied once."""
+        execution = self.execution
+        once = execution.exchange_chunks == 1
+        return once and reads_stacks(execution.grouped_matmul) and self.experts.reads_stacks(layout)
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the experts' weights."""
@@ -142,12 +144,12 @@ class MoELayer(nnx.Module):
             )
             # All chunks are sent before any is computed, so that no exchange waits for an expert.
             arrived = [exchange.send(*chunk) for chunk in zip(x_CAD, experts_CAK, weights_CAK, strict=True)]
-            y_CAD = [
-                exchange.bring_back(
-                    apply_experts(each.rows_SD, each.counts_E, own, self.execution, recipe, split, each.gates_S), each
-                )
-                for each, own in zip(arrived, by_chunk(weights, chunks), strict=True)
-            ]
+            y_CAD = []
+            for each, own in zip(arrived, by_chunk(weights, chunks), strict=True):
+                rows = each.rows_SD, each.counts_E
+                y_SD, read = apply_experts(*rows, own, self.execution, recipe, split, each.gates_S)
+                self.experts.have_read(read)
+                y_CAD.append(exchange.bring_back(y_SD, each))
             y_BTD = jnp.stack(y_CAD).reshape(x_BTD.shape)
             sent = functools.reduce(operator.add, (each.forward + each.backward for each in arrived))
             if splits_width:

@@ -13,7 +13,7 @@ from moe.model.block import Group
 from moe.model.cache import KVCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution, check_execution
-from moe.model.in_stack import put_back, taken_out
+from moe.model.in_stack import Stacks, landings_after, put_back, taken_out
 from moe.model.landing import land
 from moe.model.moe_layer import MoELayer, MoEStats
 from moe.model.parameter import matrix, norm_scale
@@ -216,35 +216,35 @@ class GroupScan(NamedTuple):
     ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
         parts: Any = nnx.split(stack, nnx.LoRAParam, nnx.Param, ...)
         graph, adapters, weights, others = parts
-        stacks, weights = taken_out(stack, weights, self.layout)
+        # Beside frozen weights gradients are the adapters'.
+        stacks, weights = taken_out(stack, weights, self.layout, trained=not adapters)
 
         def group(carry, of_group):
-            x_BTD, cache = carry
-            (adapters, weights, others), stacks, landing, place = of_group
-            weights = put_back(jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights), stacks, place)
-            # Beside frozen weights gradients are the adapters'.
+            x_BTD, cache, landings = carry
+            (adapters, weights, others), matrices, landing, place = of_group
+            here = Stacks(matrices, landings)
+            weights = put_back(jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights), here, place)
             if landing is not None and adapters:
                 adapters = land(adapters, landing, self.layout)
             elif landing is not None:
                 weights = land(weights, landing, self.layout)
             layer = self.first_layer + self.layers_per_group * place
             group_cache = None if cache is None else cache.group(self.first_group + place)
-            output = nnx.merge(graph, adapters, weights, others)(
-                x_BTD, sight, layer, self.key, self.layout, group_cache
-            )
+            layers = nnx.merge(graph, adapters, weights, others)
+            output = layers(x_BTD, sight, layer, self.key, self.layout, group_cache)
             if output.cache is not None:
                 cache = output.cache.cache
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
-            return (output.x_BTD, cache), (output.stats, inputs_PBTD)
+            return (output.x_BTD, cache, landings_after(layers, here)), (output.stats, inputs_PBTD)
 
         step = rematerialise(group, self.remat, self.repeat)
 
         def turn(carry, of_group):
             parts, *others = of_group
-            return step(carry, (parts, stacks, *others))
+            return step(carry, (parts, stacks.matrices, *others))
 
         of_groups = ((adapters, weights, others), landing, jnp.arange(self.repeat))
-        (x_BTD, cache), found = jax.lax.scan(turn, (x_BTD, cache), of_groups)
+        (x_BTD, cache, _), found = jax.lax.scan(turn, (x_BTD, cache, stacks.landings), of_groups)
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD
 

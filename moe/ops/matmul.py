@@ -2,8 +2,8 @@
 
 On CPU XLA hands a product to YNNPACK, which has bfloat16's own instructions, only where its sums are asked for in
 float32 and its first operand is not transposed (xla/backends/cpu/ynn_support.cc). All others go to Eigen, bfloat16
-widened to float32 beforehand, and take twice as long. Of float32 Eigen takes a transposed operand as it is, in less time
-than transposing it takes.
+widened to float32 beforehand, and take twice as long. A transposed operand of float32 Eigen takes as it is, in less
+time than transposing it takes.
 """
 
 import math

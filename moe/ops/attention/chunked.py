@@ -50,20 +50,20 @@ def _key_blocks(causal: bool, positions_BT: jax.Array, num_blocks: int) -> jax.A
 
 def _scores(q_BMGTH, k_BMSH, places, causal, first_key):
     """f32 scores of one block of queries on one of keys, and bool [B, 1, 1, T, S] which of them count."""
+    positions_BT, segments_BT, segments_BS = places
+    keys = first_key + jnp.arange(BLOCK), segments_BS[:, None]
+    allowed_BTS = visible(positions_BT[:, :, None], segments_BT[:, :, None], *keys, causal)
     scores_BMGTS = _product("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
-    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, _allowed(places, causal, first_key)[:, None, None]
+    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, allowed_BTS[:, None, None]
 
 
 def _scores_by_key(q_BMGTH, k_BMSH, places, causal, first_key):
-    """`_scores` as [B, M, S, G, T]."""
-    scores_BMSGT = _product("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH)
-    allowed_BST = _allowed(places, causal, first_key).swapaxes(1, 2)
-    return scores_BMSGT * q_BMGTH.shape[-1] ** -0.5, allowed_BST[:, None, :, None]
-
-
-def _allowed(places, causal, first_key):
+    """`_scores` as [B, M, S, G, T] and [B, 1, S, 1, T]."""
     positions_BT, segments_BT, segments_BS = places
-    return visible(positions_BT, segments_BT, first_key + jnp.arange(BLOCK), segments_BS, causal)
+    keys = (first_key + jnp.arange(BLOCK))[:, None], segments_BS[:, :, None]
+    allowed_BST = visible(positions_BT[:, None], segments_BT[:, None], *keys, causal)
+    scores_BMSGT = _product("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH)
+    return scores_BMSGT * q_BMGTH.shape[-1] ** -0.5, allowed_BST[:, None, :, None]
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

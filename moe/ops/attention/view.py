@@ -26,18 +26,19 @@ class View(NamedTuple):
     def mask(self) -> jax.Array:
         """bool [B, T, S]: true where the query may see the key."""
         key_positions_S = jnp.arange(self.segments_BS.shape[1])
-        return visible(self.query_positions_BT, self.segments_BT, key_positions_S, self.segments_BS, self.causal)
+        queries = self.query_positions_BT[:, :, None], self.segments_BT[:, :, None]
+        return visible(*queries, key_positions_S, self.segments_BS[:, None], self.causal)
 
 
 def visible(
-    query_positions_BT: jax.Array,
-    segments_BT: jax.Array,
-    key_positions_S: jax.Array,
-    segments_BS: jax.Array,
+    query_positions: jax.Array,
+    query_segments: jax.Array,
+    key_positions: jax.Array,
+    key_segments: jax.Array,
     causal: bool,
 ) -> jax.Array:
-    """bool [B, T, S]: same document, no padding, and with `causal` no key behind the query's place."""
-    allowed_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BT[:, :, None] != 0)
+    """bool, of arrays that broadcast: same document, no padding, and with `causal` no key behind the query's place."""
+    allowed = (query_segments == key_segments) & (query_segments != 0)
     if causal:
-        allowed_BTS &= key_positions_S <= query_positions_BT[:, :, None]
-    return allowed_BTS
+        allowed &= key_positions <= query_positions
+    return allowed

@@ -1,12 +1,12 @@
 """Rows sorted by group, each group with its own matrix: one signature, several backends."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from moe.ops.grouped_matmul.blocked import blocked_matmul
+from moe.ops.grouped_matmul.blocked import blocked_matmul, blocked_matmul_in_stack
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.grouped_matmul.ragged import ragged_matmul
 from moe.ops.grouped_matmul.triton import triton_matmul
@@ -15,9 +15,7 @@ from parallel.platform import platform
 Backend = Literal["auto", "blocked", "ragged", "triton"]
 
 
-def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, *, backend: Backend = "auto"
-) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: Backend = "auto") -> jax.Array:
     """y[r] = x[r] @ w[e], where group e owns the next sizes_E[e] rows; accumulated in float32.
 
     Rows after the last group's are padding: their output and gradient are zero, whatever they hold, and they add
@@ -25,7 +23,7 @@ def grouped_matmul(
 
     Args:
         x_RD: rows sorted by group.
-        w_EDF: one matrix a group, of x's dtype; or where these stand, in any format, if the backend `reads_stacks`.
+        w_EDF: one matrix a group, of x's dtype.
         sizes_E: i32, rows of each group; their sum is at most R.
         backend: "blocked" loops over blocks of rows, for CPU; "ragged" is jax.lax.ragged_dot, which XLA may
             lower to a product over all groups; "triton" is a Pallas kernel for NVIDIA GPUs; "auto" takes "triton"
@@ -37,20 +35,40 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a backend that is unknown or not for this platform.
     """
-    R, E = x_RD.shape[0], w_EDF.shape[0]
-    if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != (E,):
-        raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
-    chosen = for_platform(backend)
-    if isinstance(w_EDF, InStack):
-        if not reads_stacks(backend):
-            raise ValueError(f"the grouped product {chosen!r} reads no stacks: give it one layer's matrices")
-    elif x_RD.dtype != w_EDF.dtype:
+    _check_shapes(x_RD, w_EDF, sizes_E)
+    if x_RD.dtype != w_EDF.dtype:
         raise ValueError(f"x_RD is {x_RD.dtype} and w_EDF {w_EDF.dtype}: cast both to the compute format")
-    if R == 0:
+    if not x_RD.shape[0]:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
+    chosen = for_platform(backend)
     if chosen not in _BACKENDS:
         raise ValueError(f"execution.grouped_matmul={backend!r}: give 'auto' or one of {', '.join(_BACKENDS)}")
     return _BACKENDS[chosen](x_RD, w_EDF, sizes_E)
+
+
+def grouped_matmul_in_stack(
+    x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array, *, backend: Backend = "auto"
+) -> tuple[jax.Array, InStack]:
+    """`grouped_matmul` with matrices where they stand, for backends that `reads_stacks`.
+
+    Returns:
+        y_RF of x's dtype, and the stack for what reads it after this. A layer's matrices are multiplied once.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that reads no stacks.
+    """
+    _check_shapes(x_RD, w_EDF, sizes_E)
+    if not reads_stacks(backend):
+        raise ValueError(f"the grouped product {for_platform(backend)!r} reads no stacks: use `grouped_matmul`")
+    if not x_RD.shape[0]:
+        return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype), w_EDF
+    y_RF, landing_LEDF = blocked_matmul_in_stack(x_RD, w_EDF, sizes_E)
+    return y_RF, w_EDF._replace(landing_LEDF=landing_LEDF)
+
+
+def _check_shapes(x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array) -> None:
+    if x_RD.shape[1] != w_EDF.shape[1] or sizes_E.shape != w_EDF.shape[:1]:
+        raise ValueError(f"x_RD {x_RD.shape}, w_EDF {w_EDF.shape} and sizes_E {sizes_E.shape} must agree in D and E")
 
 
 def reads_stacks(backend: Backend) -> bool:
@@ -65,7 +83,7 @@ def for_platform(backend: str) -> str:
     return "triton" if platform() == "gpu" else "blocked"
 
 
-_BACKENDS: dict[str, Callable[[jax.Array, Any, jax.Array], jax.Array]] = {
+_BACKENDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "blocked": blocked_matmul,
     "ragged": ragged_matmul,
     "triton": triton_matmul,

@@ -21,23 +21,44 @@ HEIGHTS = (32, 64, 96, 128, 192, 256)
 
 
 @jax.custom_vjp
-def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array) -> jax.Array:
+def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """See `moe.ops.grouped_matmul.grouped_matmul`."""
     return rows_product(x_RD, w_EDF, sizes_E, 0, x_RD.dtype)
 
 
-def _forward(x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array):
+def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
     return blocked_matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
 
 
 def _backward(saved, dy_RF: jax.Array):
     x_RD, w_EDF, sizes_E = saved
     dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
-    dw_EDF = weights_product(x_RD, dy_RF, sizes_E, x_RD.dtype)
-    return dx_RD, w_EDF.landed(dw_EDF) if isinstance(w_EDF, InStack) else dw_EDF, None
+    return dx_RD, weights_product(x_RD, dy_RF, sizes_E, x_RD.dtype), None
 
 
 blocked_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def blocked_matmul_in_stack(x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """`blocked_matmul`, and the stack's landing for what comes after."""
+    return rows_product(x_RD, w_EDF, sizes_E, 0, x_RD.dtype), w_EDF.landing_LEDF
+
+
+def _forward_in_stack(x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array):
+    return blocked_matmul_in_stack(x_RD, w_EDF, sizes_E), (x_RD, w_EDF._replace(landing_LEDF=None), sizes_E)
+
+
+def _backward_in_stack(saved, gradients):
+    (x_RD, w_EDF, sizes_E), (dy_RF, dw_LEDF) = saved, gradients
+    dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
+    if dw_LEDF is not None:
+        dw_LEDF = _with_weights_product(dw_LEDF, w_EDF.layer, x_RD, dy_RF, sizes_E)
+    nothing: Any = None
+    return dx_RD, InStack(nothing, nothing, dw_LEDF), None
+
+
+blocked_matmul_in_stack.defvjp(_forward_in_stack, _backward_in_stack)
 
 Block = Callable[[int, jax.Array, Any], Any]
 """Takes a block's height, the first of the group's rows in it and what was made so far, and makes more of that."""
@@ -116,10 +137,32 @@ def _few_rows_product(
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
+    of_group = _weights_products(x_RD, dy_RF, sizes_E, dtype)
+    groups_E = jnp.arange(sizes_E.shape[0])
+    return from_bits(jax.lax.scan(lambda _, e: (None, as_bits(of_group(e))), None, groups_E)[1], dtype)
+
+
+def _with_weights_product(
+    dw_LEDF: jax.Array, layer: jax.Array, x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """dw_LEDF, with one layer's set to `weights_product`."""
+    of_group = _weights_products(x_RD, dy_RF, sizes_E, x_RD.dtype)
+
+    def group(e, dw_LEDF):
+        dw_DF = of_group(e).astype(dw_LEDF.dtype)
+        return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], (layer, e, 0, 0))
+
+    return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)
+
+
+def _weights_products(
+    x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike
+) -> Callable[[jax.Array], jax.Array]:
+    """The function that gives one group's [D, F] of `weights_product`."""
     ends_E, wide = jnp.cumsum(sizes_E.astype(jnp.int32)), _summed_in(dtype)
     x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
-    def group(_, e):
+    def of_group(e: jax.Array) -> jax.Array:
         end = ends_E[e]
 
         def block(height, row, dw_DF):
@@ -131,7 +174,6 @@ def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype
             return dw_DF + _multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, wide)
 
         zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), wide)
-        dw_DF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF)
-        return None, as_bits(dw_DF.astype(dtype))
+        return _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF).astype(dtype)
 
-    return from_bits(jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1], dtype)
+    return of_group

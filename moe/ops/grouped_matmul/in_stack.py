@@ -1,10 +1,11 @@
 """A layer's matrices left where they stand, among those of all layers.
 
 A loop over layers that hands each turn its layer's matrices copies them all; the product on CPU reads one matrix after
-the other, and may be told where they are instead.
+the other, and may be told where they are instead. Their gradients are written into the stack's in the same way: it
+goes backward through the loop, from layer to layer, as a value that each product hands on.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,13 @@ class InStack(NamedTuple):
 
     stack_LEDF: those of all layers, in any format; what is bfloat16 may be given as its bits. It gets no gradient.
     layer: i32[], the layer's number in the stack.
-    landing_EDF: an array that no product reads, and whose gradient is the matrices'; None where they are quantized.
+    landing_LEDF: f32, an array that no product reads, and whose gradient is the stack's; None where there is none, as
+        of what is frozen or quantized. A product takes over that of what comes after it, and sets its own layer's.
     """
 
     stack_LEDF: jax.Array | QuantizedWeight
     layer: jax.Array
-    landing_EDF: jax.Array | None
+    landing_LEDF: jax.Array | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,17 +37,15 @@ class InStack(NamedTuple):
         found = jax.tree.map(lambda x: from_bits(as_bits(x)[self.layer, e], jnp.bfloat16), self.stack_LEDF)
         return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
 
-    def landed(self, dw_EDF: jax.Array) -> "InStack":
-        """The gradient of this, for `jax.custom_vjp`: that of the landing alone."""
-        nothing: Any = None
-        landing_EDF = self.landing_EDF
-        return InStack(nothing, nothing, None if landing_EDF is None else dw_EDF.astype(landing_EDF.dtype))
-
 
 @jax.custom_vjp
 def landing(stack_LEDF: jax.Array) -> jax.Array:
-    """Zeros, whose gradient becomes that of the stack; of which a turn's part is its `landing_EDF`."""
-    return jnp.zeros_like(stack_LEDF)
+    """Zeros in float32, whose gradient becomes that of the stack."""
+    return jnp.zeros(stack_LEDF.shape, jnp.float32)
 
 
-landing.defvjp(lambda stack_LEDF: (landing(stack_LEDF), None), lambda _, gradient: (gradient,))
+def _backward(like: jax.Array, gradient_LEDF: jax.Array) -> tuple[jax.Array]:
+    return (gradient_LEDF.astype(like.dtype),)
+
+
+landing.defvjp(lambda stack_LEDF: (landing(stack_LEDF), jnp.zeros(0, stack_LEDF.dtype)), _backward)

@@ -21,6 +21,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 LAYER = re.compile(rf"(f32|bf16|u16)\[(1,)?{E},({D},{F}|{F},{D})\]")
 """One layer's matrices of one kind, as XLA writes the array's shape."""
+GRADIENT = re.compile(rf"= f32\[{L},{E},({D},{F}|{F},{D})\]\S* (dynamic-update-slice|fusion)\(.*dynamic_update_slice")
+"""One matrix's gradient written among those of all layers."""
 
 
 def loss_of(backend: str, precision: Precision = FULL):
@@ -34,6 +36,10 @@ def loss_of(backend: str, precision: Precision = FULL):
     return loss, weights, jax.random.randint(jax.random.key(1), (2, 40), 0, 64)
 
 
+def compiled(function, *given) -> str:
+    return jax.jit(function).lower(*given).compile().as_text()
+
+
 def test_gradients_are_those_of_matrices_that_were_taken_out():
     (in_stack, *given), (taken_out, *_) = loss_of("blocked"), loss_of("ragged")
     assert_trees_equal_to_scale(
@@ -44,12 +50,20 @@ def test_gradients_are_those_of_matrices_that_were_taken_out():
 @pytest.mark.parametrize("precision", [FULL, Precision()], ids=["float32", "bfloat16"])
 def test_no_layers_matrices_are_copied(precision):
     loss, *given = loss_of("blocked", precision)
-    assert not LAYER.search(jax.jit(loss).lower(*given).compile().as_text())
+    assert not LAYER.search(compiled(loss, *given))
+
+
+@pytest.mark.parametrize("precision", [FULL, Precision()], ids=["float32", "bfloat16"])
+def test_gradients_are_written_among_those_of_all_layers(precision):
+    loss, *given = loss_of("blocked", precision)
+    program = compiled(jax.grad(loss), *given)
+    assert GRADIENT.search(program)
+    assert not LAYER.search(program)
 
 
 def test_the_check_sees_matrices_that_are_copied():
     loss, *given = loss_of("ragged")
-    assert LAYER.search(jax.jit(loss).lower(*given).compile().as_text())
+    assert LAYER.search(compiled(loss, *given))
 
 
 def test_frozen_matrices_cost_no_gradient():
@@ -59,9 +73,10 @@ def test_frozen_matrices_cost_no_gradient():
     def of_embedding(values):
         return loss(nnx.State({**weights, "embedding_VD": embedding.replace(values)}), tokens_BT)
 
-    gradient = jax.jit(jax.grad(of_embedding))
-    assert np.abs(gradient(embedding[...])).max() > 0
-    assert not LAYER.search(gradient.lower(embedding[...]).compile().as_text())
+    assert np.abs(jax.jit(jax.grad(of_embedding))(embedding[...])).max() > 0
+    program = compiled(jax.grad(of_embedding), embedding[...])
+    assert not LAYER.search(program)
+    assert not GRADIENT.search(program)
 
 
 @pytest.mark.parametrize("frozen", ["int8", "fp8", "int4", "nf4"])
@@ -72,5 +87,5 @@ def test_quantized_matrices_are_widened_one_by_one(frozen):
     given[0] = jax.tree.map(as_bits, given[0])
     expected = jax.jit(taken_out)(*given)
     assert_trees_equal_to_scale(jax.jit(in_stack)(*given), expected)
-    assert LAYER.search(jax.jit(taken_out).lower(*given).compile().as_text())
-    assert not LAYER.search(jax.jit(in_stack).lower(*given).compile().as_text())
+    assert LAYER.search(compiled(taken_out, *given))
+    assert not LAYER.search(compiled(in_stack, *given))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_in_stack
 from moe.ops.grouped_matmul.in_stack import InStack, landing
 from moe.ops.grouped_matmul.triton import columns_of_tile, height, tiles, triton_kernels
 from parallel.platform import SHARED_MEMORY
@@ -17,8 +17,8 @@ from tests.closeness import assert_trees_equal_to_scale
 
 def in_stack(x_RD, w_EDF, sizes_E):
     stack_LEDF = jnp.stack([w_EDF + 1, w_EDF, w_EDF - 1])
-    matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), landing(stack_LEDF)[1])
-    return grouped_matmul(x_RD, matrices, sizes_E, backend="blocked")
+    matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), landing(stack_LEDF))
+    return grouped_matmul_in_stack(x_RD, matrices, sizes_E, backend="blocked")[0]
 
 
 BACKENDS = {
@@ -121,7 +121,7 @@ def test_a_stack_of_bits_is_read_in_the_rows_format():
     bits_LEDF = jax.lax.bitcast_convert_type(jnp.stack([w_EDF, w_EDF]), jnp.uint16)
     sizes_E = jnp.array([10, 0, 30], jnp.int32)
     expected = grouped_matmul(x_RD, w_EDF, sizes_E, backend="blocked")
-    found = grouped_matmul(x_RD, InStack(bits_LEDF, jnp.int32(1), bits_LEDF[1]), sizes_E, backend="blocked")
+    found, _ = grouped_matmul_in_stack(x_RD, InStack(bits_LEDF, jnp.int32(1), None), sizes_E, backend="blocked")
     np.testing.assert_array_equal(found, expected)
 
 
@@ -161,7 +161,6 @@ def test_no_rows(backend):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w_EDF": InStack(jnp.zeros((4, 2, D, F)), 0, None), "backend": "ragged"}, "'ragged' reads no stacks"),
         ({"w_EDF": jnp.zeros((2, D + 1, F))}, "must agree in D and E"),
         ({"sizes_E": jnp.zeros(3, jnp.int32)}, "must agree in D and E"),
         ({"w_EDF": jnp.zeros((2, D, F), jnp.bfloat16)}, "x_RD is float32 and w_EDF bfloat16"),
@@ -173,3 +172,9 @@ def test_what_does_not_fit_is_refused(changes, message):
     arguments = {"x_RD": jnp.zeros((8, D)), "w_EDF": jnp.zeros((2, D, F)), "sizes_E": jnp.zeros(2, jnp.int32)}
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**(arguments | changes))
+
+
+def test_a_backend_that_reads_no_stacks_says_so():
+    matrices = InStack(jnp.zeros((4, 2, D, F)), jnp.int32(0), None)
+    with pytest.raises(ValueError, match="'ragged' reads no stacks: use `grouped_matmul`"):
+        grouped_matmul_in_stack(jnp.zeros((8, D)), matrices, jnp.zeros(2, jnp.int32), backend="ragged")

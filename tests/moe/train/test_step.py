@@ -90,6 +90,15 @@ def without_wire(told):
     return gradients, metrics._replace(layers=metrics.layers._replace(wire_bytes_L=None, across_bytes_L=None)), balance
 
 
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=4)], ids=str)
+def test_a_step_is_compiled_once(mesh):
+    blueprint = dataclasses.replace(blueprint_of(ROUTERS["dropless"], mesh), optimizer=optax.adam(1e-3))
+    step, state = make_train_step(blueprint, seed=0, loss_chunk=10), blueprint.create_state(seed=0)
+    for _ in range(3):
+        state, _ = step(state, place_batch(batch_of(), blueprint.layout))
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dropless", "bias"))) for name in ROUTERS]
 )
