@@ -13,6 +13,8 @@ from moe.ops.attention.view import View, visible
 
 BLOCK = 256
 _HIDDEN = jnp.finfo(jnp.float32).min
+_LEAST = _HIDDEN / 2
+"""What is subtracted from scores, at least: of a query that sees no key all weights are then 0 and not 1."""
 
 
 def chunked_attention(q_BTNH: jax.Array, k_BSMH: jax.Array, v_BSMH: jax.Array, view: View) -> jax.Array:
@@ -91,8 +93,9 @@ def attend_forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: 
             largest, total, y = carry
             here = positions, segments, _block(segments_BS, j, 1)
             scores, allowed = _scores(q, _block(k_BMSH, j, 2), here, causal, j * BLOCK)
-            new_largest = jnp.maximum(largest, jnp.where(allowed, scores, _HIDDEN).max(-1))
-            weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0)
+            scores = jnp.where(allowed, scores, _HIDDEN)
+            new_largest = jnp.maximum(largest, scores.max(-1))
+            weights = jnp.exp(scores - jnp.maximum(new_largest, _LEAST)[..., None])
             shrink = jnp.exp(largest - new_largest)
             values = _product("BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2))
             return new_largest, total * shrink + weights.sum(-1), y * shrink[..., None] + values
@@ -118,6 +121,7 @@ def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
     """
     q_BMGTH, k_BMSH, v_BMSH, (positions_BT, segments_BT, segments_BS), y_BMGTH, log_total_BMGT = saved
     scale = q_BMGTH.shape[-1] ** -0.5
+    log_total_BMGT = jnp.maximum(log_total_BMGT, _LEAST)
     delta_BMGT = jnp.sum(dy_BMGTH.astype(jnp.float32) * y_BMGTH.astype(jnp.float32), -1)
 
     def query_block(dkv, i):
@@ -129,7 +133,7 @@ def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
             k, v = _block(k_BMSH, j, 2), _block(v_BMSH, j, 2)
             here = positions, segments, _block(segments_BS, j, 1)
             scores_BMSGT, allowed = _scores_by_key(q, k, here, causal, j * BLOCK)
-            weights_BMSGT = jnp.where(allowed, jnp.exp(scores_BMSGT - log_total[:, :, None]), 0)
+            weights_BMSGT = jnp.exp(jnp.where(allowed, scores_BMSGT, _HIDDEN) - log_total[:, :, None])
             dweights_BMSGT = _product("BMSH,BMGTH->BMSGT", v, dy)
             dscores_BMSGT = (weights_BMSGT * (dweights_BMSGT - delta[:, :, None]) * scale).astype(q.dtype)
             dq += _queries_gradient(dscores_BMSGT, k)
