@@ -137,7 +137,7 @@ def _few_rows_product(
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
-    of_group = _weights_products(x_RD, dy_RF, sizes_E, dtype)
+    of_group = _product_of_group(x_RD, dy_RF, sizes_E, dtype)
     groups_E = jnp.arange(sizes_E.shape[0])
     return from_bits(jax.lax.scan(lambda _, e: (None, as_bits(of_group(e))), None, groups_E)[1], dtype)
 
@@ -146,7 +146,7 @@ def _with_weights_product(
     dw_LEDF: jax.Array, layer: jax.Array, x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
     """dw_LEDF, with one layer's set to `weights_product`."""
-    of_group = _weights_products(x_RD, dy_RF, sizes_E, x_RD.dtype)
+    of_group = _product_of_group(x_RD, dy_RF, sizes_E, x_RD.dtype)
 
     def group(e, dw_LEDF):
         dw_DF = of_group(e).astype(dw_LEDF.dtype)
@@ -155,7 +155,7 @@ def _with_weights_product(
     return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)
 
 
-def _weights_products(
+def _product_of_group(
     x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike
 ) -> Callable[[jax.Array], jax.Array]:
     """The function that gives one group's [D, F] of `weights_product`."""
