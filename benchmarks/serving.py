@@ -5,7 +5,6 @@ for one client and for eight at once; and bytes of cache per token for each way 
 weights of the 158M preset: the work does not depend on their values.
 """
 
-import argparse
 import http.client
 import json
 import tempfile
@@ -23,7 +22,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spread import machine, spread
+from benchmarks.spread import asked_repeats, machine, spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.execution import Execution
@@ -128,9 +127,7 @@ class LocalServer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: %(default)s)")
-    repeats = parser.parse_args().repeats
+    repeats = asked_repeats("benchmarks.serving", __doc__, 5, "turns of each")
     console = Console(width=120, highlight=False)
     console.print(f"{machine()}, {repeats} turns: median (least to most)")
     console.print(cache_table(), "")

@@ -5,7 +5,6 @@
 The three models take turns in one process, so that they share the machine's moods; ratios compare turns with turns.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals.job import draw_tokens
-from benchmarks.spread import machine, spread
+from benchmarks.spread import asked_repeats, machine, spread
 from moe.model.config import ModelConfig
 from moe.model.count import train_flops_per_token
 from moe.model.execution import Execution
@@ -74,9 +73,7 @@ def stepper(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each model (default 5)")
-    repeats = parser.parse_args().repeats
+    repeats = asked_repeats("benchmarks.train_step", __doc__, 5, "turns of each model")
     steppers = {name: stepper(*contender) for name, contender in CONTENDERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(repeats):

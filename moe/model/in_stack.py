@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe.model.block import Group
 from moe.model.moe_layer import MoELayer
-from moe.ops.grouped_matmul.in_stack import InStack, landing
+from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.quantize import QuantizedWeight
 from parallel.layout import Layout
 
@@ -30,7 +31,8 @@ def taken_out(stack: Group, weights: nnx.State, layout: Layout, *, trained: bool
     if not layers or not all(layer.reads_stacks(layout) for layer in layers):
         return Stacks([], []), weights
     matrices = _experts_of(weights)
-    landings = [landing(w) if trained and not isinstance(w, QuantizedWeight) else None for w in matrices]
+    # Nothing reads these values, so none are made. On CPU XLA updates no bfloat16 in place (moe/ops/bits.py).
+    landings = [w.astype(jnp.float32) if trained and not isinstance(w, QuantizedWeight) else None for w in matrices]
     return Stacks(jax.lax.stop_gradient(matrices), landings), _with_experts(weights, [None] * len(matrices))
 
 
@@ -45,11 +47,9 @@ def put_back(weights: nnx.State, stacks: Stacks, place: jax.Array) -> nnx.State:
     return _with_experts(weights, [InStack(w, place, where) for w, where in zip(*stacks, strict=True)])
 
 
-def landings_after(group: Group, stacks: Stacks) -> list[jax.Array | None]:
+def landings_after(group: Group) -> list[jax.Array | None]:
     """The landings for the next turn, after a group has read its matrices."""
-    if not stacks.matrices:
-        return []
-    return [w.landing_LEDF for w in _experts_of(nnx.state(group, nnx.Param))]
+    return [w.landing_LEDF for w in _experts_of(nnx.state(group, nnx.Param)) if isinstance(w, InStack)]
 
 
 def _experts_of(weights: nnx.State) -> list[Any]:

@@ -222,8 +222,8 @@ class GroupScan(NamedTuple):
         def group(carry, of_group):
             x_BTD, cache, landings = carry
             (adapters, weights, others), matrices, landing, place = of_group
-            here = Stacks(matrices, landings)
-            weights = put_back(jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights), here, place)
+            weights = jax.tree.map(lambda w: from_bits(w, jnp.bfloat16), weights)
+            weights = put_back(weights, Stacks(matrices, landings), place)
             if landing is not None and adapters:
                 adapters = land(adapters, landing, self.layout)
             elif landing is not None:
@@ -235,7 +235,7 @@ class GroupScan(NamedTuple):
             if output.cache is not None:
                 cache = output.cache.cache
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
-            return (output.x_BTD, cache, landings_after(layers, here)), (output.stats, inputs_PBTD)
+            return (output.x_BTD, cache, landings_after(layers)), (output.stats, inputs_PBTD)
 
         step = rematerialise(group, self.remat, self.repeat)
 

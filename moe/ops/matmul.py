@@ -26,7 +26,7 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """jnp.einsum(spec, a, b), of a's dtype and summed in float32; for what is not differentiated by JAX."""
     if platform() != "cpu":
         return jnp.einsum(spec, a, b)
-    return _summed(spec, a, b).astype(a.dtype)
+    return wide_einsum(spec, a, b).astype(a.dtype)
 
 
 def weight_einsum(spec: str, x: jax.Array, w: jax.Array, *, local: bool) -> jax.Array:
@@ -64,7 +64,7 @@ def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, local: bool) -> j
     """f32, the gradient of w in `weight_einsum` from that of its result."""
     own, weight, out = _letters(spec)
     if not local or platform() != "cpu":
-        return _summed(f"{own},{out}->{weight}", x, dy)
+        return wide_einsum(f"{own},{out}->{weight}", x, dy)
     shared = [axis for axis in own if axis in out]
     rows = math.prod(x.shape[: len(shared)])
     x_RD, dy_RF = x.reshape(rows, -1), dy.reshape(rows, -1)
@@ -90,7 +90,8 @@ def _letters(spec: str) -> tuple[str, str, str]:
     return own, weight, out
 
 
-def _summed(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """jnp.einsum(spec, a, b), summed and left in float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.ops.attention.view import View, visible
+from moe.ops.matmul import wide_einsum
 
 BLOCK = 256
 _HIDDEN = jnp.finfo(jnp.float32).min
@@ -51,25 +52,21 @@ def _key_blocks(causal: bool, positions_BT: jax.Array, num_blocks: int) -> jax.A
 
 
 def _scores(q_BMGTH, k_BMSH, places, causal, first_key):
-    """f32 scores of one block of queries on one of keys, and bool [B, 1, 1, T, S] which of them count."""
+    """f32 [B, M, G, T, S]: scores of one block of queries on one of keys, `_HIDDEN` where they do not count."""
     positions_BT, segments_BT, segments_BS = places
     keys = first_key + jnp.arange(BLOCK), segments_BS[:, None]
     allowed_BTS = visible(positions_BT[:, :, None], segments_BT[:, :, None], *keys, causal)
-    scores_BMGTS = _product("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
-    return scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, allowed_BTS[:, None, None]
+    scores_BMGTS = wide_einsum("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
+    return jnp.where(allowed_BTS[:, None, None], scores_BMGTS * q_BMGTH.shape[-1] ** -0.5, _HIDDEN)
 
 
 def _scores_by_key(q_BMGTH, k_BMSH, places, causal, first_key):
-    """`_scores` as [B, M, S, G, T] and [B, 1, S, 1, T]."""
+    """`_scores` as [B, M, S, G, T]."""
     positions_BT, segments_BT, segments_BS = places
     keys = (first_key + jnp.arange(BLOCK))[:, None], segments_BS[:, :, None]
     allowed_BST = visible(positions_BT[:, None], segments_BT[:, None], *keys, causal)
-    scores_BMSGT = _product("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH)
-    return scores_BMSGT * q_BMGTH.shape[-1] ** -0.5, allowed_BST[:, None, :, None]
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    scores_BMSGT = wide_einsum("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH)
+    return jnp.where(allowed_BST[:, None, :, None], scores_BMSGT * q_BMGTH.shape[-1] ** -0.5, _HIDDEN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,12 +89,11 @@ def attend_forward(causal: bool, q_BMGTH: jax.Array, k_BMSH: jax.Array, v_BMSH: 
         def key_block(j, carry):
             largest, total, y = carry
             here = positions, segments, _block(segments_BS, j, 1)
-            scores, allowed = _scores(q, _block(k_BMSH, j, 2), here, causal, j * BLOCK)
-            scores = jnp.where(allowed, scores, _HIDDEN)
+            scores = _scores(q, _block(k_BMSH, j, 2), here, causal, j * BLOCK)
             new_largest = jnp.maximum(largest, scores.max(-1))
             weights = jnp.exp(scores - jnp.maximum(new_largest, _LEAST)[..., None])
             shrink = jnp.exp(largest - new_largest)
-            values = _product("BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2))
+            values = wide_einsum("BMGTS,BMSH->BMGTH", weights.astype(q.dtype), _block(v_BMSH, j, 2))
             return new_largest, total * shrink + weights.sum(-1), y * shrink[..., None] + values
 
         start = jnp.full(q.shape[:-1], _HIDDEN), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
@@ -132,13 +128,13 @@ def attend_backward(causal: bool, saved, dy_BMGTH: jax.Array):
             dq, dk_BMSH, dv_BMSH = carry
             k, v = _block(k_BMSH, j, 2), _block(v_BMSH, j, 2)
             here = positions, segments, _block(segments_BS, j, 1)
-            scores_BMSGT, allowed = _scores_by_key(q, k, here, causal, j * BLOCK)
-            weights_BMSGT = jnp.exp(jnp.where(allowed, scores_BMSGT, _HIDDEN) - log_total[:, :, None])
-            dweights_BMSGT = _product("BMSH,BMGTH->BMSGT", v, dy)
+            scores_BMSGT = _scores_by_key(q, k, here, causal, j * BLOCK)
+            weights_BMSGT = jnp.exp(scores_BMSGT - log_total[:, :, None])
+            dweights_BMSGT = wide_einsum("BMSH,BMGTH->BMSGT", v, dy)
             dscores_BMSGT = (weights_BMSGT * (dweights_BMSGT - delta[:, :, None]) * scale).astype(q.dtype)
             dq += _queries_gradient(dscores_BMSGT, k)
-            dk = _product("BMSGT,BMGTH->BMSH", dscores_BMSGT, q)
-            dv = _product("BMSGT,BMGTH->BMSH", weights_BMSGT.astype(q.dtype), dy)
+            dk = wide_einsum("BMSGT,BMGTH->BMSH", dscores_BMSGT, q)
+            dv = wide_einsum("BMSGT,BMGTH->BMSH", weights_BMSGT.astype(q.dtype), dy)
             return dq, _add(dk_BMSH, dk, j), _add(dv_BMSH, dv, j)
 
         num_blocks = _key_blocks(causal, positions, k_BMSH.shape[2] // BLOCK)
@@ -155,8 +151,8 @@ def _queries_gradient(dscores_BMSGT: jax.Array, k_BMSH: jax.Array) -> jax.Array:
     """f32 [B, M, G, T, H]: the product over keys, of which in float32 keys, being fewer, are transposed and the result
     is; bfloat16 has to be laid out anew for the second operand in any case, and its scores are."""
     if dscores_BMSGT.dtype == jnp.float32:
-        return jnp.moveaxis(_product("BMSH,BMSGT->BMHGT", k_BMSH, dscores_BMSGT), 2, -1)
-    return _product("BMSGT,BMSH->BMGTH", dscores_BMSGT, k_BMSH)
+        return jnp.moveaxis(wide_einsum("BMSH,BMSGT->BMHGT", k_BMSH, dscores_BMSGT), 2, -1)
+    return wide_einsum("BMSGT,BMSH->BMGTH", dscores_BMSGT, k_BMSH)
 
 
 def _add(x_BMSH: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:

@@ -20,8 +20,9 @@ class InStack(NamedTuple):
 
     stack_LEDF: those of all layers, in any format; what is bfloat16 may be given as its bits. It gets no gradient.
     layer: i32[], the layer's number in the stack.
-    landing_LEDF: f32, an array that no product reads, and whose gradient is the stack's; None where there is none, as
-        of what is frozen or quantized. A product takes over that of what comes after it, and sets its own layer's.
+    landing_LEDF: the stack in float32, of which no product reads the values, and which gets the gradient; None where
+        there is none, as of what is frozen or quantized. A product takes over that of what comes after it, and sets its
+        own layer's.
     """
 
     stack_LEDF: jax.Array | QuantizedWeight
@@ -36,16 +37,3 @@ class InStack(NamedTuple):
         """Those of the groups e, i32 of any shape."""
         found = jax.tree.map(lambda x: from_bits(as_bits(x)[self.layer, e], jnp.bfloat16), self.stack_LEDF)
         return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
-
-
-@jax.custom_vjp
-def landing(stack_LEDF: jax.Array) -> jax.Array:
-    """Zeros in float32, whose gradient becomes that of the stack."""
-    return jnp.zeros(stack_LEDF.shape, jnp.float32)
-
-
-def _backward(like: jax.Array, gradient_LEDF: jax.Array) -> tuple[jax.Array]:
-    return (gradient_LEDF.astype(like.dtype),)
-
-
-landing.defvjp(lambda stack_LEDF: (landing(stack_LEDF), jnp.zeros(0, stack_LEDF.dtype)), _backward)

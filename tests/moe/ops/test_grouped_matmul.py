@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_in_stack
-from moe.ops.grouped_matmul.in_stack import InStack, landing
+from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.grouped_matmul.triton import columns_of_tile, height, tiles, triton_kernels
 from parallel.platform import SHARED_MEMORY
 from tests import gpu
@@ -17,7 +17,7 @@ from tests.closeness import assert_trees_equal_to_scale
 
 def in_stack(x_RD, w_EDF, sizes_E):
     stack_LEDF = jnp.stack([w_EDF + 1, w_EDF, w_EDF - 1])
-    matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), landing(stack_LEDF))
+    matrices = InStack(jax.lax.stop_gradient(stack_LEDF), jnp.int32(1), stack_LEDF.astype(jnp.float32))
     return grouped_matmul_in_stack(x_RD, matrices, sizes_E, backend="blocked")[0]
 
 
