@@ -122,7 +122,7 @@ def _judged(graph: Any, params: Any, balance: Any, batch: Batch) -> tuple[jax.Ar
     """The summed loss of a batch, nats, and the experts that each MoE layer chose."""
     model = nnx.merge(graph, params, balance)
     precision, (B, T) = model.precision, batch.tokens_BT.shape
-    cache = empty_cache(model.config, B, T, precision.compute_dtype, format=precision.cache)
+    cache = empty_cache(model.config, B, T, precision.compute_dtype, format=precision.cache, unrolled=model.unrolled)
     hidden_BTD, chosen = watched(model, batch, cache)
     return summed_loss(model, hidden_BTD, batch, T, SINGLE_DEVICE), chosen
 

@@ -35,8 +35,9 @@ def trainer(config: ModelConfig, job: Job) -> Take:
 def decoder(config: ModelConfig, job: Job) -> Take:
     precision = FULL if job.format == "float32" else Precision(parameters="bfloat16")
     model = Transformer(config, precision, Execution(), rngs=nnx.Rngs(0))
+    model.unroll()
     params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
-    weights = Weights(config, precision, SINGLE_DEVICE, params, balance)
+    weights = Weights(config, precision, SINGLE_DEVICE, params, balance, unrolled=True)
     weights.move_as_bits()
     engine = Engine(weights, slots=job.batch, max_length=job.length + job.answer + 1)
     tokens_BT, _ = draw_tokens(config.vocab_size, job.batch, job.length)

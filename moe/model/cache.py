@@ -6,7 +6,6 @@ itself when it comes, so what is kept of it depends on no other token, and no la
 2402.02750 §3) finds keys to need scales by channel at 2 bits; at 8, scales by token serve both.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ class Kept(NamedTuple):
         return dequantize_rows(values_BTMH, from_bits(self.scales_BTM, jnp.bfloat16), dtype)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of B rows for S slots in each of G groups.
+class StackCache(NamedTuple):
+    """Keys and values of B rows for S slots in each of a stack's G groups.
 
     Keys have RoPE and, with a norm after RoPE, its division, but no key-norm weight: that differs from layer to layer
     of a group and is folded into the queries (moe/model/attention.py). The release keeps one cache a layer instead.
@@ -47,16 +46,6 @@ class KVCache(NamedTuple):
     v_BGSMH: jax.Array
     k_scales_BGSM: jax.Array | None = None
     v_scales_BGSM: jax.Array | None = None
-
-    @property
-    def num_slots(self) -> int:
-        """S."""
-        return self.k_BGSMH.shape[2]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Of one token of one row, over all groups and with scales, bytes."""
-        return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in jax.tree.leaves(self))
 
     def kept(self, x_BTMH: jax.Array) -> Kept:
         """Keys or values in this cache's format."""
@@ -71,10 +60,26 @@ class KVCache(NamedTuple):
         return GroupCache(self, index)
 
 
-class GroupCache(NamedTuple):
-    """One group's part of the whole cache, which is passed along so that it is written in place."""
+class KVCache(NamedTuple):
+    """Keys and values of all layers, as their stacks stand in the model (moe/model/transformer.py)."""
 
-    cache: KVCache
+    stacks: tuple[StackCache, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.stacks[0].k_BGSMH.shape[2]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token of one row, over all groups and with scales, bytes."""
+        return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in jax.tree.leaves(self))
+
+
+class GroupCache(NamedTuple):
+    """One group's part of its stack's cache, which is passed along so that it is written in place."""
+
+    cache: StackCache
     group: jax.Array
 
     def append(
@@ -91,8 +96,8 @@ class GroupCache(NamedTuple):
             return jax.lax.dynamic_update_slice(cache_GS, new_T[None], first)
 
         k, v = (self.cache.kept(x_BTMH) for x_BTMH in (k_BTMH, v_BTMH))
-        new = KVCache(k.values_BTMH, v.values_BTMH, k.scales_BTM, v.scales_BTM)
-        cache: KVCache = jax.tree.map(lambda old, new: jax.vmap(write)(old, new, start_B), self.cache, new)
+        new = StackCache(k.values_BTMH, v.values_BTMH, k.scales_BTM, v.scales_BTM)
+        cache: StackCache = jax.tree.map(lambda old, new: jax.vmap(write)(old, new, start_B), self.cache, new)
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.group, 1, keepdims=False), cache)
         k_BSMH = Kept(own.k_BGSMH, own.k_scales_BGSM).widened(k_BTMH.dtype)
         v_BSMH = Kept(own.v_BGSMH, own.v_scales_BGSM).widened(v_BTMH.dtype)
@@ -106,6 +111,7 @@ def empty_cache(
     dtype: DTypeLike,
     layout: Layout = SINGLE_DEVICE,
     format: EightBit | None = None,
+    unrolled: bool = False,
 ) -> KVCache:
     """A cache of zeros.
 
@@ -114,13 +120,18 @@ def empty_cache(
         num_slots: S, tokens that a row can hold.
         dtype: of keys and values, usually the compute format.
         format: in which they are kept instead, with scales; None for none.
+        unrolled: whether the model is.
     """
-    groups = math.ceil(config.num_layers / config.cla_factor)
-    shape = (batch, groups, num_slots, config.num_kv_heads)
     values_dtype = dtype if format is None else EIGHT_BITS[format].dtype
-    keys, values = (as_bits(jnp.zeros((*shape, config.head_dim), values_dtype)) for _ in range(2))
-    scales = [None, None] if format is None else [as_bits(jnp.ones(shape, jnp.bfloat16)) for _ in range(2)]
-    return placed_cache(KVCache(keys, values, *scales), layout.constrain)
+
+    def of_stack(groups: int) -> StackCache:
+        shape = (batch, groups, num_slots, config.num_kv_heads)
+        keys, values = (as_bits(jnp.zeros((*shape, config.head_dim), values_dtype)) for _ in range(2))
+        scales = [None, None] if format is None else [as_bits(jnp.ones(shape, jnp.bfloat16)) for _ in range(2)]
+        return StackCache(keys, values, *scales)
+
+    cache = KVCache(tuple(of_stack(groups) for _, groups in config.layer_groups(unrolled=unrolled)))
+    return placed_cache(cache, layout.constrain)
 
 
 def placed_cache(cache: KVCache, place: Callable[[jax.Array, str], Any]) -> Any:

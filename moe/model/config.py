@@ -1,5 +1,6 @@
 """What the model is: sizes, attention, routing. How it is computed lives in `precision.py` and `execution.py`."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -201,3 +202,17 @@ class ModelConfig:
     def is_dense(self, layer: int) -> bool:
         """Whether layer `layer`, counted from 0, has a plain feed-forward network instead of experts."""
         return self.num_experts == 0 or layer < self.num_dense_layers
+
+    def layer_groups(self, *, unrolled: bool = False) -> list[tuple[tuple[bool, ...], int]]:
+        """The layers as runs of equal cross-layer groups: (whether each layer of the group is dense, number of groups).
+
+        64 layers by a CLA factor of 2 are one run of 32 groups; 7 layers by 4 are a group of 4 and a group of 3.
+
+        Args:
+            unrolled: whether each group is a run of its own.
+        """
+        kinds = [self.is_dense(layer) for layer in range(self.num_layers)]
+        groups = [tuple(kinds[first : first + self.cla_factor]) for first in range(0, len(kinds), self.cla_factor)]
+        if unrolled:
+            return [(dense, 1) for dense in groups]
+        return [(dense, len(list(run))) for dense, run in itertools.groupby(groups)]

@@ -1,8 +1,9 @@
 """A model's parameters as pieces: one layer's array, or one expert's, of the stacked parameters."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +14,6 @@ from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
 from moe.model.parameter import QUANTIZED_KINDS, ParameterSpec, placed, quantized
-from moe.model.transformer import layer_groups
 from moe.ops.quantize import Quantized, QuantizedWeight
 from parallel.layout import Layout
 
@@ -71,7 +71,7 @@ def leading_axes(spec: ParameterSpec) -> int:
 def pieces(config: ModelConfig, specs: dict[str, Any]) -> list[Piece]:
     """All pieces of a model, those of a stacked parameter one after the other as they lie in memory."""
     first_layers, layer = [], 0
-    for dense, repeat in layer_groups(config):
+    for dense, repeat in config.layer_groups():
         first_layers.append((layer, len(dense)))
         layer += len(dense) * repeat
     found = []
@@ -94,6 +94,8 @@ def load(
     layout: Layout,
     dtype: DTypeLike | None = None,
     format: Quantized | None = None,
+    *,
+    unrolled: bool = False,
 ) -> dict[str, Any]:
     """The parameters as nested dicts of arrays, each device taking its part of one piece after the other.
 
@@ -104,6 +106,7 @@ def load(
         dtype: of the arrays; None as stored.
         format: of matrices that can be quantized, each piece as it arrives; None to leave them. That of a source whose
             matrices are quantized already.
+        unrolled: whether they are for an unrolled model (moe/model/transformer.py), rather than one of `specs`.
 
     Raises:
         WeightsError: a piece is missing or damaged.
@@ -112,11 +115,13 @@ def load(
     stacked: dict[Path, _Stacked] = {}
     by_path = dict(parameters(specs))
     for piece in pieces(config, specs):
-        if piece.path not in stacked:
+        place, spec = piece, by_path[piece.path]
+        if unrolled and piece.layer is not None:
+            place, spec = _in_its_own_stack(piece, config), spec._replace(shape=(1, *spec.shape[1:]))
+        if place.path not in stacked:
             stored = source.dtype(piece) if dtype is None else dtype
-            spec = by_path[piece.path]
-            stacked[piece.path] = _Stacked(spec, layout, stored, format if spec.kind in QUANTIZED_KINDS else None)
-        stacked[piece.path].take(piece, source)
+            stacked[place.path] = _Stacked(spec, layout, stored, format if spec.kind in QUANTIZED_KINDS else None)
+        stacked[place.path].take(place, partial(source.read, piece))
     tree: dict[Any, Any] = {}
     for path, array in stacked.items():
         node = tree
@@ -124,6 +129,24 @@ def load(
             node = node.setdefault(key, {})
         node[path[-1]] = array.whole()
     return tree
+
+
+def unrolled(tree: dict[str, Any]) -> dict[str, Any]:
+    """The nested dicts of an unrolled model, from arrays of all layers."""
+    if "stacks" not in tree:
+        return tree
+    groups: list[Any] = []
+    for _, stack in sorted(tree["stacks"].items()):
+        repeat = len(jax.tree.leaves(stack)[0])
+        groups += (jax.tree.map(lambda x, i=i: x[i : i + 1], stack) for i in range(repeat))
+    return tree | {"stacks": dict(enumerate(groups))}
+
+
+def _in_its_own_stack(piece: Piece, config: ModelConfig) -> Piece:
+    """Where a piece stands in an unrolled model."""
+    _, stack, *rest = piece.path
+    before = sum(repeat for _, repeat in config.layer_groups()[: int(stack)])
+    return replace(piece, path=("stacks", before + piece.index[0], *rest), index=(0, *piece.index[1:]))
 
 
 class _Stacked:
@@ -135,11 +158,11 @@ class _Stacked:
         abstract = jax.eval_shape(lambda values: self._stored(values, spec.axes.removeprefix("L")), stack)
         self.arrays = placed(abstract, spec.axes, layout, lambda x, axes: _Buffers(x, layout.stored(axes, x.shape)))
 
-    def take(self, piece: Piece, source: Source) -> None:
-        """Reads a piece, if a device here keeps a part of it, and puts it in its place."""
+    def take(self, piece: Piece, read: Callable[[], Any]) -> None:
+        """Reads what belongs in a piece's place, if a device here keeps a part of it, and puts it there."""
         arrays = jax.tree.leaves(self.arrays)
         if any(array.keeps(piece) for array in arrays):
-            values = jax.tree.leaves(self._stored(source.read(piece), piece.axes))
+            values = jax.tree.leaves(self._stored(read(), piece.axes))
             for array, part in zip(arrays, values, strict=True):
                 array.take(piece, part)
 

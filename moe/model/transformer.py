@@ -1,6 +1,6 @@
 """The whole model: embedding, stacks of layers under lax.scan, final norm and head."""
 
-import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from moe.model.adapter import LoraConfig
 from moe.model.attention import Sight
 from moe.model.block import Group
-from moe.model.cache import KVCache
+from moe.model.cache import KVCache, StackCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution, check_execution
 from moe.model.in_stack import Stacks, landings_after, put_back, taken_out
@@ -21,6 +21,7 @@ from moe.model.precision import Precision
 from moe.model.products import Products, product
 from moe.model.remat import rematerialise
 from moe.ops.bits import from_bits
+from moe.ops.matmul import wide_einsum
 from moe.ops.norm import rms_norm
 from moe.ops.rope import rope_tables
 from parallel.layout import SINGLE_DEVICE, Layout
@@ -52,10 +53,11 @@ class Transformer(nnx.Module):
         self.config = config
         self.precision = precision
         self.execution = execution
+        self.unrolled = False
         shape = (config.vocab_size, config.d_model)
         self.embedding_VD = matrix("VD", shape, "embedding", config.init_std, precision, rngs)
         self.stacks = nnx.List(
-            _stacked_groups(dense, repeat, config, precision, execution, rngs) for dense, repeat in layer_groups(config)
+            _stacked_groups(dense, repeat, config, precision, execution, rngs) for dense, repeat in self.layer_groups
         )
         self.norm_D = norm_scale("D", config.d_model, precision)
         if not config.tie_embeddings:
@@ -90,10 +92,14 @@ class Transformer(nnx.Module):
         layout = layout.for_length(tokens_BT.shape[1])
         sight = self.sight(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embed(tokens_BT, layout)
-        found, inputs = [], []
+        found, inputs, caches = [], [], []
         for number, scan in enumerate(self.scans(key, layout, keep_layer_inputs)):
             where = None if landing is None else landing[number]
-            x_BTD, cache, stats, inputs_LBTD = scan(self.stacks[number], x_BTD, sight, cache, where)
+            own = None if cache is None else cache.stacks[number]
+            compute = partial(_traced_once, scan) if self.unrolled else scan
+            x_BTD, own, stats, inputs_LBTD = compute(self.stacks[number], x_BTD, sight, own, where)
+            if own is not None:
+                caches.append(own)
             if inputs_LBTD is not None:
                 inputs.append(inputs_LBTD)
             if stats is not None:
@@ -101,7 +107,7 @@ class Transformer(nnx.Module):
         return Output(
             self.final_norm(x_BTD),
             jax.tree.map(lambda *each: jnp.concatenate(each), *found) if found else None,
-            cache,
+            KVCache(tuple(caches)) if caches else None,
             jnp.concatenate(inputs) if keep_layer_inputs else None,
         )
 
@@ -111,10 +117,21 @@ class Transformer(nnx.Module):
             for block in stack.blocks:
                 block.adapt(config, self.precision, rngs=rngs)
 
+    def unroll(self) -> None:
+        """Has each group in a stack of its own from now on, and so no loop over layers in the program.
+
+        XLA copies what a loop's turn reads of a stack, whole, before a product reads it: where few tokens meet each
+        weight, as in decoding, that takes longer than the product.
+        """
+        groups = [
+            group for (_, n), stack in zip(self.layer_groups, self.stacks, strict=True) for group in split_up(stack, n)
+        ]
+        self.stacks, self.unrolled = nnx.List(groups), True
+
     def watch(self) -> None:
         """Has every product note the largest magnitudes of what goes into it (moe/model/products.py)."""
         self.products.watch(())
-        for (_, repeat), stack in zip(layer_groups(self.config), self.stacks, strict=True):
+        for (_, repeat), stack in zip(self.layer_groups, self.stacks, strict=True):
             for _, module in nnx.iter_modules(stack):
                 if isinstance(module, Products):
                     module.watch((repeat,))
@@ -148,16 +165,18 @@ class Transformer(nnx.Module):
 
     def scans(self, key: jax.Array | None, layout: Layout, keep_layer_inputs: bool = False) -> list["GroupScan"]:
         """One for each stack."""
-        found, first_layer, first_group = [], 0, 0
-        for dense, repeat in layer_groups(self.config):
+        found, first_layer = [], 0
+        for dense, repeat in self.layer_groups:
             found.append(
-                GroupScan(
-                    self.execution.remat, first_layer, first_group, len(dense), repeat, key, layout, keep_layer_inputs
-                )
+                GroupScan(self.execution.remat, first_layer, len(dense), repeat, key, layout, keep_layer_inputs)
             )
             first_layer += len(dense) * repeat
-            first_group += repeat
         return found
+
+    @property
+    def layer_groups(self) -> list[tuple[tuple[bool, ...], int]]:
+        """Those of each stack, as of `ModelConfig.layer_groups`."""
+        return self.config.layer_groups(unrolled=self.unrolled)
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         with jax.named_scope("final_norm"):
@@ -173,7 +192,7 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             w_VD = layout.gather(self.head_weight_VD.astype(self.precision.compute_dtype), "VD")
             if self.products.recipe is None:
-                return jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+                return wide_einsum("BTD,VD->BTV", hidden_BTD, w_VD)
             hidden_BTD, w_VD = (x.astype(jnp.float32) for x in (hidden_BTD, w_VD))
             return product("BTD,VD->BTV", hidden_BTD, w_VD, self.products.recipe, self.products.history("head"))
 
@@ -195,11 +214,10 @@ class Transformer(nnx.Module):
 
 
 class GroupScan(NamedTuple):
-    """One stack of equal groups as a loop over them. first_layer, first_group: how many come before."""
+    """One stack of equal groups as a loop over them. first_layer: how many come before."""
 
     remat: str
     first_layer: int | jax.Array
-    first_group: int
     layers_per_group: int
     repeat: int
     key: jax.Array | None
@@ -211,9 +229,9 @@ class GroupScan(NamedTuple):
         stack: Group,
         x_BTD: jax.Array,
         sight: Sight,
-        cache: KVCache | None,
+        cache: StackCache | None,
         landing: dict[str, Any] | None = None,
-    ) -> tuple[jax.Array, KVCache | None, MoEStats | None, jax.Array | None]:
+    ) -> tuple[jax.Array, StackCache | None, MoEStats | None, jax.Array | None]:
         parts: Any = nnx.split(stack, nnx.LoRAParam, nnx.Param, ...)
         graph, adapters, weights, others = parts
         # Beside frozen weights gradients are the adapters'.
@@ -229,7 +247,7 @@ class GroupScan(NamedTuple):
             elif landing is not None:
                 weights = land(weights, landing, self.layout)
             layer = self.first_layer + self.layers_per_group * place
-            group_cache = None if cache is None else cache.group(self.first_group + place)
+            group_cache = None if cache is None else cache.group(place)
             layers = nnx.merge(graph, adapters, weights, others)
             output = layers(x_BTD, sight, layer, self.key, self.layout, group_cache)
             if output.cache is not None:
@@ -249,6 +267,32 @@ class GroupScan(NamedTuple):
         return x_BTD, cache, stats, inputs_LBTD
 
 
+def split_up(stack: Group, repeat: int) -> list[Group]:
+    """The groups of a stack, of arrays or shapes, each as a stack of one."""
+    graph, weights = nnx.split(stack)
+
+    def group(i: int, x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+        return x[i : i + 1]
+
+    return [nnx.merge(graph, jax.tree.map(partial(group, i), weights)) for i in range(repeat)]
+
+
+def _traced_once(scan: GroupScan, stack: Group, *given: Any) -> Any:
+    """As `scan`, traced for the first of the stacks that are alike."""
+    graph, weights = nnx.split(stack)
+    alike = scan._replace(first_layer=0, key=None)
+    return _computed(alike, graph, weights, scan.first_layer, scan.key, *given)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _computed(
+    scan: GroupScan, graph: nnx.GraphDef, weights: nnx.State, first_layer: jax.Array, key: jax.Array | None, *given: Any
+) -> Any:
+    return scan._replace(first_layer=first_layer, key=key)(nnx.merge(graph, weights), *given)
+
+
 def _stacked_groups(
     dense: tuple[bool, ...],
     repeat: int,
@@ -264,14 +308,3 @@ def _stacked_groups(
         return Group(dense, config, precision, execution, rngs=nnx.Rngs(params=key))
 
     return make(jax.random.split(rngs.params(), repeat))
-
-
-def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
-    """The layers as runs of equal cross-layer groups: (whether each layer of the group is dense, number of groups).
-
-    64 layers by a CLA factor of 2 are one run of 32 groups; 7 layers by 4 are a group of 4 and a group of 3.
-    """
-    kinds = [config.is_dense(layer) for layer in range(config.num_layers)]
-    factor = config.cla_factor
-    groups = [tuple(kinds[first : first + factor]) for first in range(0, len(kinds), factor)]
-    return [(dense, len(list(run))) for dense, run in itertools.groupby(groups)]

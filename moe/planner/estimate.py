@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe.model.transformer import layer_groups
 from moe.planner.estimate_states import moment_bytes
 from moe.planner.implementation import OURS, Implementation
 from moe.planner.job import Job
@@ -107,7 +106,7 @@ class _Step:
     def groups(self) -> list[tuple[Group, int]]:
         """Each kind of group with how many of them follow each other."""
         found = []
-        for dense, repeat in layer_groups(self.sizes.model):
+        for dense, repeat in self.sizes.model.layer_groups():
             last = len(dense) - 1
             layers = (
                 Layer(self.sizes, self.how, is_dense, place == 0, place == last, place)

@@ -7,7 +7,6 @@ Counted in bytes. Each term stands for values that XLA was seen to hold at the p
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe.model.transformer import layer_groups
 from moe.planner.job import Job
 from moe.planner.sizes import Sizes
 from moe.train.pipelined import pipelined_stack
@@ -30,7 +29,7 @@ class Layers:
         """(a group, how many of its kind this device computes in one go)."""
         stages = self.job.mesh.stage
         pipelined = pipelined_stack(self.job.model) if stages > 1 else -1
-        for number, (group, repeat) in enumerate(layer_groups(self.job.model)):
+        for number, (group, repeat) in enumerate(self.job.model.layer_groups()):
             yield group, repeat // (stages * self.job.virtual_stages) if number == pipelined else repeat
 
     @property

@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 
 from moe.model.cache import empty_cache, placed_cache
 from moe.model.parameter import ParameterSpec
-from moe.model.transformer import layer_groups
 from moe.planner.chips import Chip
 from moe.planner.estimate_layers import Group, Layers
 from moe.planner.estimate_states import States, abstract_layout, numbers, states_of
@@ -151,7 +150,7 @@ class _Estimate:
 
     def weights(self, group: Group) -> int:
         """The matrices of a group in the compute format, gathered over the FSDP axes."""
-        (repeat,) = {repeat for each, repeat in layer_groups(self.job.model) if each == group}
+        (repeat,) = {repeat for each, repeat in self.job.model.layer_groups() if each == group}
         of_stack = [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat]
         return self.sizes.compute * sum(self._used(each) for each in of_stack) // repeat
 

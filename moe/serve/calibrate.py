@@ -24,7 +24,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.parameter import QUANTIZED_KINDS, quantized, summed_of
 from moe.model.pieces import Path, Piece, Source, parameters, pieces
 from moe.model.precision import Precision
-from moe.model.transformer import Transformer, layer_groups
+from moe.model.transformer import Transformer
 from moe.ops.gptq import gptq_int4, output_error
 from moe.ops.norm import rms_norm
 from moe.ops.quantize import GROUPS, Quantized, QuantizedWeight, dequantize
@@ -67,7 +67,7 @@ def calibrate(
         _Texts(jnp.asarray(embedding_VD[part], precision.compute_dtype), whole.sight(jnp.asarray(part), None, None))
         for part in np.split(tokens_BT, range(BATCH, len(tokens_BT), BATCH))
     ]
-    for stack, (dense, repeat) in enumerate(layer_groups(config)):
+    for stack, (dense, repeat) in enumerate(config.layer_groups()):
         for index in range(repeat):
             own = [p for p in all_pieces if p.path[:2] == ("stacks", stack) and p.index[0] == index]
             group = _read_group(source, own, dense, config, precision)

@@ -30,7 +30,7 @@ SHORTEST_BUCKET = 16
 
 class Weights(NamedTuple):
     """Everything that computes: parameters and selection biases as nested dicts, on `layout`. Of `execution` only the
-    backends matter."""
+    backends matter. Unrolled where the parameters are an unrolled model's (moe/model/transformer.py)."""
 
     config: ModelConfig
     precision: Precision
@@ -38,13 +38,11 @@ class Weights(NamedTuple):
     params: dict[str, Any]
     balance: dict[str, Any]
     execution: Execution = Execution()
+    unrolled: bool = False
 
     def graph(self) -> nnx.GraphDef:
         """Of the model as it serves."""
-        config = self.config.dropless
-        return nnx.graphdef(
-            nnx.eval_shape(lambda: Transformer(config, self.precision.wide, self.execution, rngs=nnx.Rngs(0)))
-        )
+        return nnx.graphdef(_abstract(self.config.dropless, self.precision.wide, self.execution, self.unrolled))
 
     def narrow(self) -> None:
         """Has the layers' matrices in the compute format from now on, one array after the other, where they are stored
@@ -55,7 +53,7 @@ class Weights(NamedTuple):
             wider = spec.kind in QUANTIZED_KINDS and isinstance(x, jax.Array) and x.dtype.itemsize > dtype.itemsize
             return x.astype(dtype) if wider else x
 
-        model = nnx.eval_shape(lambda: Transformer(self.config, self.precision, self.execution, rngs=nnx.Rngs(0)))
+        model = _abstract(self.config, self.precision, self.execution, self.unrolled)
         _replace(self.params, specs_of(model), narrowed)
 
     def move_as_bits(self) -> None:
@@ -66,19 +64,26 @@ class Weights(NamedTuple):
 
     @classmethod
     def abstract(cls, config: ModelConfig, precision: Precision, layout: Layout, execution: Execution) -> "Weights":
-        """Shapes, formats and, on a mesh, shardings, for compiling without an array.
+        """Shapes, formats and, on a mesh, shardings, for compiling without an array; unrolled.
 
         Raises:
             LayoutError: a parameter does not divide over the mesh.
         """
-        model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
+        model = _abstract(config, precision, execution, unrolled=True)
         params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
         if layout.mesh is not None:
             where = stored(params, specs_of(model), layout), jax.tree.map(lambda _: layout.whole(), balance)
             params, balance = jax.tree.map(
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
-        return cls(config, precision, layout, params, balance, execution)
+        return cls(config, precision, layout, params, balance, execution, unrolled=True)
+
+
+def _abstract(config: ModelConfig, precision: Precision, execution: Execution, unrolled: bool) -> Transformer:
+    model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
+    if unrolled:
+        model.unroll()
+    return model
 
 
 def _replace(params: dict[Any, Any], specs: dict[Any, Any], change: Callable[[Any, Any], Any]) -> None:
@@ -121,7 +126,7 @@ class Engine:
         precision = weights.precision
         make = partial(
             empty_cache, weights.config, self.num_slots, max_length, precision.compute_dtype, weights.layout,
-            precision.cache,
+            precision.cache, weights.unrolled,
         )  # fmt: skip
         self._cache: KVCache = jax.jit(make)()
 
@@ -243,7 +248,8 @@ def prefill(
     the device that computes row b; a row of padding has a place beyond the last slot."""
     model = nnx.merge(graph, params, balance)
     B, T = tokens_BT.shape
-    own = empty_cache(model.config, B, T, model.precision.compute_dtype, layout, model.precision.cache)
+    dtype = model.precision.compute_dtype
+    own = empty_cache(model.config, B, T, dtype, layout, model.precision.cache, model.unrolled)
     valid_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
     output = model(tokens_BT, None, valid_BT, cache=own, layout=layout)
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
@@ -256,7 +262,7 @@ def _written(cache: KVCache, new: KVCache, places_B: jax.Array, layout: Layout) 
     """The cache with rows of new texts in their slots, from its first tokens on. None leaves its device."""
 
     def write(cache: KVCache, new: KVCache, places_B: jax.Array) -> KVCache:
-        slots, T = cache.k_BGSMH.shape[0], new.num_slots
+        slots, T = cache.stacks[0].k_BGSMH.shape[0], new.num_slots
         places_B = places_B - layout.first_over(BATCH_AXES, slots)
         # A negative place would count from the end.
         places_B = jnp.where(places_B < 0, slots, places_B)

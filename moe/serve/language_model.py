@@ -102,7 +102,8 @@ class HunyuanMoE:
             activations=activations,
             cache=cache,
         )
-        loaded = Weights(pretrained.config, precision, layout, *pretrained.load(layout, None, weights))
+        params, balance = pretrained.load_unrolled(layout, weights)
+        loaded = Weights(pretrained.config, precision, layout, params, balance, unrolled=True)
         loaded.narrow()
         loaded.move_as_bits()
         try:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from moe.model.config import ModelConfig
 from moe.model.products import MagnitudeHistory
-from moe.model.transformer import Transformer, layer_groups
+from moe.model.transformer import Transformer
 from moe.ops.scaled import Recipe
 from moe.ops.scaled.history import DY, W, X
 from moe.ops.scaled.quantize import ALL, EACH, largest_magnitude, scales_for
@@ -154,7 +154,7 @@ def _place(config: ModelConfig, name: str, group: int) -> tuple[int | None, str]
     if not found:
         return None, name
     stack, _, block, part = inside.split(".", 3)
-    groups = layer_groups(config)
+    groups = config.layer_groups()
     first = sum(len(dense) * repeat for dense, repeat in groups[: int(stack)])
     return first + group * len(groups[int(stack)][0]) + int(block), part
 

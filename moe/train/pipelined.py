@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec
 from moe.model.config import ConfigError, ModelConfig, divisors
 from moe.model.moe_layer import MoEStats
 from moe.model.parameter import is_spec
-from moe.model.transformer import layer_groups
 from moe.ops.norm import rms_norm
 from moe.train.data import Batch
 from moe.train.loss import cross_entropy_sum
@@ -21,7 +20,7 @@ from parallel.layout import STAGE_AXIS, Layout
 def pipelined_stack(config: ModelConfig) -> int:
     """Which of the model's stacks is shared out: the longest. Layers before it run with the first chunk, layers after
     it with the last, and every stage waits for these."""
-    repeats = [repeat for _, repeat in layer_groups(config)]
+    repeats = [repeat for _, repeat in config.layer_groups()]
     return repeats.index(max(repeats))
 
 
@@ -36,7 +35,7 @@ def check_stages(config: ModelConfig, stages: int, virtual_stages: int) -> None:
             f"training.virtual_stages={virtual_stages} with mesh.stage=1: there is nothing to interleave; "
             "set mesh.stage to 2 or more, or virtual_stages=1"
         )
-    dense, repeat = layer_groups(config)[pipelined_stack(config)]
+    dense, repeat = config.layer_groups()[pipelined_stack(config)]
     chunks = stages * virtual_stages
     if repeat % chunks:
         fitting = divisors(repeat)

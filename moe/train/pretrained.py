@@ -21,7 +21,7 @@ from moe.model.hf.peft import PeftFolder
 from moe.model.hf.quantized import QuantizedCheckpoint, is_quantized_checkpoint
 from moe.model.merge import Adapters, MergedSource
 from moe.model.parameter import SelectionBias
-from moe.model.pieces import Piece, Source, load, pieces
+from moe.model.pieces import Piece, Source, load, pieces, unrolled
 from moe.model.precision import Precision
 from moe.model.transformer import Transformer
 from moe.ops.quantize import Quantized
@@ -60,6 +60,14 @@ class Pretrained:
     def settings(self) -> dict[str, Any]:
         """A checkpoint's config.json; empty for a run."""
         return self.origin.settings
+
+    def load_unrolled(self, layout: Layout, format: Quantized | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `load`, in the formats in which they are stored, for an unrolled model (moe/model/transformer.py)."""
+        if self.quantized is not None and format not in (None, self.quantized):
+            raise _holds_another_format(self.folder, self.quantized, format)
+        specs = model_specs(self.config, Precision())
+        params = load(self.source, self.config, specs, layout, None, format or self.quantized, unrolled=True)
+        return params, unrolled(self.balance(layout))
 
     def check(self, config: ModelConfig, whose: str = "init_from") -> None:
         """
@@ -141,13 +149,17 @@ def _quantized(checkpoint: QuantizedCheckpoint) -> Pretrained:
 
     def load_as_stored(layout: Layout, dtype: DTypeLike | None, format: Quantized | None) -> Any:
         if format != checkpoint.format and (format, dtype) != (None, None):
-            raise ConfigError(
-                f"{checkpoint.folder}: holds weights in {checkpoint.format}, and {format or 'wide ones'} were asked "
-                f"for: serve it without --weights, or train adapters with precision.frozen={checkpoint.format!r}"
-            )
+            raise _holds_another_format(checkpoint.folder, checkpoint.format, format)
         return opened.load(layout, dtype, checkpoint.format)
 
     return replace(opened, load=load_as_stored, quantized=checkpoint.format)
+
+
+def _holds_another_format(folder: Path, held: Quantized, wanted: Quantized | None) -> ConfigError:
+    return ConfigError(
+        f"{folder}: holds weights in {held}, and {wanted or 'wide ones'} were asked for: serve it without --weights, "
+        f"or train adapters with precision.frozen={held!r}"
+    )
 
 
 def _merging(base: Pretrained, adapters: Adapters, balance: Callable[[Layout], dict[str, Any]]) -> Pretrained:

@@ -62,21 +62,20 @@ def watched(model: Transformer, batch: Batch, cache: KVCache | None = None) -> t
     tokens_BT, _, positions_BT, segments_BT, _ = map(jnp.asarray, batch)
     sight, x_BTD = model.sight(tokens_BT, positions_BT, segments_BT), model.embed(tokens_BT, SINGLE_DEVICE)
     found: list[jax.Array] = []
-    first_group = 0
-    for stack in model.stacks:
+    for number, stack in enumerate(model.stacks):
         graph, stacked = nnx.split(stack)
         repeat = len(jax.tree.leaves(stacked)[0])
+        own = None if cache is None else cache.stacks[number]
         for place in range(repeat):
             group = nnx.merge(graph, jax.tree.map(lambda x, place=place: from_bits(x[place], jnp.bfloat16), stacked))
             for block in group.blocks:
                 if isinstance(block.feed_forward, MoELayer):
                     watching: Any = _Watched(block.feed_forward.router, found)
                     block.feed_forward.router = watching
-            own = None if cache is None else cache.group(jnp.int32(first_group + place))
-            output = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE, own)
+            of_group = None if own is None else own.group(jnp.int32(place))
+            output = group(x_BTD, sight, jnp.zeros((), jnp.int32), None, SINGLE_DEVICE, of_group)
             x_BTD = output.x_BTD
-            cache = None if output.cache is None else output.cache.cache
-        first_group += repeat
+            own = None if output.cache is None else output.cache.cache
     return model.final_norm(x_BTD), found
 
 

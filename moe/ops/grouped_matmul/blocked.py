@@ -2,7 +2,8 @@
 
 Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are: a group's last block has
 the least of a few heights that holds what is left. Fewer rows than groups, as when a few texts are continued by a token
-each, take their matrices one by one instead: a loop over groups would move all of them.
+each, take their matrices one by one instead: a loop over groups would move all of them, and one product of all rows
+would have as many matrices in memory at once.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.in_stack import InStack
-from moe.ops.matmul import is_transposed_first, transposed
+from moe.ops.matmul import is_transposed_first, transposed, wide_einsum
 
 HEIGHTS = (32, 64, 96, 128, 192, 256)
 """Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
@@ -128,11 +129,16 @@ def rows_product(
 def _few_rows_product(
     x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike
 ) -> jax.Array:
-    group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
-    owned_R1 = (group_R < w_EDF.shape[0])[:, None]
-    dims = (((1,), (1 + contract_w,)), ((0,), (0,)))
-    w_RDF = _matrices(w_EDF, jnp.minimum(group_R, w_EDF.shape[0] - 1), x_RD.dtype)
-    return jnp.where(owned_R1, jax.lax.dot_general(x_RD, w_RDF, dims, preferred_element_type=dtype), 0)
+    ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
+    spec = "RF,DF->RD" if contract_w else "RD,DF->RF"
+
+    def row(r, y_RF):
+        x_1D = from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), r, 1), x_RD.dtype)
+        y_1F = wide_einsum(spec, x_1D, _matrices(w_EDF, (ends_E <= r).sum(), x_RD.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(y_RF, as_bits(y_1F.astype(dtype)), r, 0)
+
+    y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
+    return from_bits(jax.lax.fori_loop(0, ends_E[-1], row, y_RF), dtype)
 
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -20,6 +20,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -32,15 +33,18 @@ SMALL = ModelConfig(
     ],
     ids=str,
 )
-def test_ragged_prompts_then_single_tokens_give_the_recomputed_hidden_states(changes):
+def test_ragged_prompts_then_single_tokens_give_the_recomputed_hidden_states(changes, unrolled):
     config = dataclasses.replace(SMALL, **changes)
     model = Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0))
+    if unrolled:
+        model.unroll()
     tokens_BT = jax.random.randint(jax.random.key(1), (3, 12), 0, config.vocab_size)
     expected_BTD = model(tokens_BT).hidden_BTD
     lengths_B = jnp.array([5, 1, 7])
 
     prompt_BT = jnp.arange(7)[None] < lengths_B[:, None]
-    output = model(tokens_BT[:, :7], None, prompt_BT.astype(jnp.int32), cache=empty_cache(config, 3, 7, jnp.float32))
+    cache = empty_cache(config, 3, 7, jnp.float32, unrolled=unrolled)
+    output = model(tokens_BT[:, :7], None, prompt_BT.astype(jnp.int32), cache=cache)
     for b, length in enumerate(lengths_B):
         np.testing.assert_allclose(output.hidden_BTD[b, :length], expected_BTD[b, :length], atol=1e-5)
 
@@ -79,7 +83,7 @@ def test_each_token_and_head_keeps_the_nearest_values_to_a_scale_of_its_own(form
     rng = np.random.default_rng(0)
     k_BTMH, v_BTMH = (rng.normal(size=(2, 3, 2, 8)).astype(np.float32) * 10.0 ** rng.integers(-3, 3) for _ in "kv")
     k_BTMH[0, 1, 0] = 0
-    cache = empty_cache(config, 2, 5, jnp.float32, format=format)
+    (cache,) = empty_cache(config, 2, 5, jnp.float32, format=format).stacks
     start_B = jnp.array([0, 2])
     k_BSMH, v_BSMH, (cache, _) = cache.group(jnp.int32(0)).append(jnp.asarray(k_BTMH), jnp.asarray(v_BTMH), start_B)
     assert cache.k_BGSMH.dtype == cache.v_BGSMH.dtype == dtype
@@ -93,7 +97,7 @@ def test_each_token_and_head_keeps_the_nearest_values_to_a_scale_of_its_own(form
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_seen_and_stays_with_its_token_and_head(format, value):
     k_BTMH = jnp.ones((1, 2, 2, 8)).at[0, 0, 1, 3].set(value)
-    cache = empty_cache(dataclasses.replace(SMALL, cla_factor=4), 1, 2, jnp.float32, format=format)
+    (cache,) = empty_cache(dataclasses.replace(SMALL, cla_factor=4), 1, 2, jnp.float32, format=format).stacks
     k_BSMH, _, _ = cache.group(jnp.int32(0)).append(k_BTMH, k_BTMH, jnp.array([0]))
     assert not jnp.isfinite(k_BSMH[0, 0, 1, 3])
     assert jnp.isfinite(k_BSMH).all((2, 3)).sum() == 1

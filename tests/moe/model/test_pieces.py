@@ -6,8 +6,8 @@ from flax import nnx
 
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import quantized, specs_of
-from moe.model.pieces import load, parameters, pieces
+from moe.model.parameter import quantized, specs_of, stored
+from moe.model.pieces import load, parameters, pieces, unrolled
 from moe.model.precision import FULL
 from moe.model.transformer import Transformer
 from moe.train.trained import ArraySource
@@ -58,6 +58,24 @@ def test_parameters_arrive_whole_where_the_layout_says(model, mesh, config):
             array = array[key]
         wanted = layout.stored(spec.axes, spec.shape)
         assert wanted is None or array.sharding == wanted
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=4)])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_parameters_arrive_as_an_unrolled_model_has_them(model, mesh, format):
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    layout = SINGLE_DEVICE if mesh is None else Layout(make_mesh(mesh))
+    stacked = load(ArraySource(params), CONFIG, specs_of(model), layout, None, format)
+    found = load(ArraySource(params), CONFIG, specs_of(model), layout, None, format, unrolled=True)
+    jax.tree.map(np.testing.assert_array_equal, found, unrolled(stacked))
+    apart = nnx.clone(model)
+    apart.unroll()
+    assert [len(stack["blocks"]) for stack in found["stacks"].values()] == [2, 2, 1]
+    if format is None:
+        jax.tree.map(np.testing.assert_array_equal, found, nnx.to_pure_dict(nnx.state(apart, nnx.Param)))
+    if mesh is not None:
+        where = stored(found, specs_of(apart), layout)
+        assert jax.tree.all(jax.tree.map(lambda x, wanted: x.sharding.is_equivalent_to(wanted, x.ndim), found, where))
 
 
 def test_each_piece_is_read_once(model):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from moe.model.config import ModelConfig, RopeConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.parameter import specs_of
 from moe.model.precision import FULL, Precision
-from moe.model.transformer import Transformer, layer_groups
+from moe.model.transformer import Transformer
 from tests.closeness import assert_trees_equal_to_scale
 from tests.oracle import transformer as oracle
 
@@ -124,6 +125,30 @@ def test_bf16_computes_in_bf16_and_stays_near():
     assert np.median(error) < 0.02
 
 
+def test_an_unrolled_model_computes_the_same():
+    config = dataclasses.replace(SMALL, num_layers=7, cla_factor=2, num_dense_layers=1, d_dense=8)
+    model = Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0))
+    expected = model(*inputs(), keep_layer_inputs=True)
+    model.unroll()
+    assert [stack.blocks[0].attention_norm_D[...].shape[0] for stack in model.stacks] == [1, 1, 1, 1]
+    assert_trees_equal_to_scale(model(*inputs(), keep_layer_inputs=True), expected, tolerance=1e-6)
+
+
+def test_equal_groups_of_an_unrolled_model_are_traced_once():
+    traced = []
+    for layers in (4, 8):
+        model = nnx.eval_shape(
+            lambda n=layers: Transformer(
+                dataclasses.replace(SMALL, num_layers=n, cla_factor=2), FULL, Execution(), rngs=nnx.Rngs(0)
+            )
+        )
+        model.unroll()
+        graph, weights = nnx.split(model)
+        program = jax.jit(lambda weights, graph=graph: nnx.merge(graph, weights)(*inputs()).hidden_BTD).lower(weights)
+        traced.append(len(re.findall(r"func\.func private @_computed", program.as_text())))
+    assert traced == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("layers", "factor", "dense", "groups"),
     [
@@ -135,4 +160,5 @@ def test_bf16_computes_in_bf16_and_stays_near():
 )
 def test_layer_groups(layers, factor, dense, groups):
     config = dataclasses.replace(SMALL, num_layers=layers, cla_factor=factor, num_dense_layers=dense, d_dense=8)
-    assert layer_groups(config) == groups
+    assert config.layer_groups() == groups
+    assert config.layer_groups(unrolled=True) == [(dense, 1) for dense, times in groups for _ in range(times)]

@@ -1,11 +1,12 @@
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.ops.matmul import einsum, transposed, weight_einsum, weight_gradient
+from moe.ops.matmul import einsum, transposed, weight_einsum, weight_gradient, wide_einsum
 from parallel.platform import compiling_for
 from tests.closeness import assert_trees_equal_to_scale
 
@@ -56,23 +57,23 @@ def test_transposed(shape):
     np.testing.assert_array_equal(transposed(x_RD), np.asarray(x_RD).T)
 
 
-def dots_of_bfloat16(function) -> int:
-    """How many of the compiled program's products have operands of bfloat16."""
-    given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays("BTD,DF->BTF", jnp.bfloat16)]
-    text = jax.jit(lambda *given: with_gradients(function, *given)).lower(*given).compile().as_text()
+def multiplied(function, *given) -> list[set[str]]:
+    """The formats of the operands of each of the compiled program's products."""
+    text = jax.jit(function).lower(*given).compile().as_text()
     formats = dict(re.findall(r"%(\S+) = (\w+)\[", text)) | dict(re.findall(r"(\S+): (\w+)\[", text))
-    operands = re.findall(r" dot\(%(\S+), %(\S+)\)", text)
-    assert len(operands) == 3
-    return sum({formats[a], formats[b]} == {"bf16"} for a, b in operands)
+    return [{formats[a], formats[b]} for a, b in re.findall(r" dot\(%(\S+), %(\S+)\)", text)]
 
 
 def test_no_product_of_bfloat16_is_widened_beforehand():
-    assert dots_of_bfloat16(lambda x, w: weight_einsum("BTD,DF->BTF", x, w, local=True)) == 3
+    given = arrays("BTD,DF->BTF", jnp.bfloat16)
+    step = partial(with_gradients, lambda x, w: weight_einsum("BTD,DF->BTF", x, w, local=True))
+    assert multiplied(step, *given) == [{"bf16"}] * 3
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA multiplies bfloat16 by itself")
 def test_a_product_that_is_widened_would_be_found():
-    assert dots_of_bfloat16(lambda x, w: jnp.einsum("BTD,DF->BTF", x, w)) == 0
+    step = partial(with_gradients, lambda x, w: jnp.einsum("BTD,DF->BTF", x, w))
+    assert multiplied(step, *arrays("BTD,DF->BTF", jnp.bfloat16)) == [{"f32"}] * 3
 
 
 def test_elsewhere_than_on_cpu_xla_is_left_alone():
@@ -82,3 +83,16 @@ def test_elsewhere_than_on_cpu_xla_is_left_alone():
             traced = str(jax.make_jaxpr(lambda x, w, f=function: f("BTD,DF->BTF", x, w))(x, w))
             assert "preferred_element_type=bfloat16" in traced
             assert "custom_vjp" not in traced
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "BMGTH,BMSH->BMGTS"])
+def test_one_row_of_bfloat16_is_multiplied_as_several_are(spec):
+    random = np.random.default_rng(0)
+    own, other, _ = re.split(",|->", spec)
+    sizes = SIZES | dict.fromkeys("BTG", 1) | {"M": 2, "S": 20}
+    x, w = (jnp.asarray(random.normal(size=[sizes[a] for a in axes]), jnp.bfloat16) for axes in (own, other))
+    found = wide_einsum(spec, x, w)
+    exact = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
+    assert (found.dtype, found.shape) == (jnp.float32, exact.shape)
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
+    assert multiplied(partial(wide_einsum, spec), x, w) == [{"bf16"}]

@@ -88,9 +88,9 @@ def test_a_prefills_keys_and_values_go_to_their_slots_and_to_no_other_device(mes
     places_B = np.array([1, 2, 8, 7], np.int32)
     write = jax.jit(lambda *given: _written(*given, layout)).lower(cache, new, places_B).compile()
     found = write(cache, new, places_B)
-    expected = np.zeros(cache.k_BGSMH.shape, np.float32)
+    expected = np.zeros(cache.stacks[0].k_BGSMH.shape, np.float32)
     for row, slot in enumerate(places_B):
         if slot < 8:
-            expected[slot, :, :3] = new.k_BGSMH[row]
-    np.testing.assert_array_equal(found.k_BGSMH, expected)
+            expected[slot, :, :3] = new.stacks[0].k_BGSMH[row]
+    np.testing.assert_array_equal(found.stacks[0].k_BGSMH, expected)
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", write.as_text())

@@ -135,7 +135,7 @@ def test_matrices_in_the_compute_format_give_what_wider_ones_give(checkpoint):
     assert {x.dtype for x in matrices} == {jnp.dtype(jnp.uint16)}
     assert block["feed_forward"]["router"]["w_DE"].dtype == jnp.float32
 
-    loaded = open_pretrained(checkpoint).load(SINGLE_DEVICE, None, None)
+    loaded = open_pretrained(checkpoint).load_unrolled(SINGLE_DEVICE, None)
     wide = HunyuanMoE(rough.weights._replace(params=loaded[0]), None, 64, "wide")
     assert {x.dtype for x in jax.tree.leaves(wide.weights.params)} == {jnp.dtype(jnp.float32)}
     tokens_BT = np.arange(24).reshape(2, 12)
