@@ -1,6 +1,6 @@
 """One layer, and the group of layers that share keys and values."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class Group(nnx.Module):
         for place, block in enumerate(self.blocks):
             inputs.append(x_BTD)
             if self.in_turn:
-                x_BTD, block = _in_turn(x_BTD, block)
+                x_BTD, block = in_turn(x_BTD, block)
             x_BTD, shared, stats = block(x_BTD, sight, shared, first_layer + place, key, layout, cache)
             if stats is not None:
                 found.append(stats)
@@ -135,9 +135,9 @@ class Group(nnx.Module):
         return GroupOutput(x_BTD, stacked, shared.cache, inputs)
 
 
-def _in_turn(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, Block]:
-    """A layer whose weights are not gathered and widened before x_BTD is there: XLA would do so for a whole group's, to
-    overlap it, and memory is what weights are quantized for."""
-    graph, weights = nnx.split(block)
+def in_turn(x_BTD: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    """Layers whose weights are not gathered and widened before x_BTD is there: XLA would do so for those of many more,
+    to overlap it, and memory is what weights are shared out and quantized for."""
+    graph, weights = nnx.split(layers)
     x_BTD, weights = jax.lax.optimization_barrier((x_BTD, weights))
     return x_BTD, nnx.merge(graph, weights)

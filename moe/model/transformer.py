@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe.model.adapter import LoraConfig
 from moe.model.attention import Sight
-from moe.model.block import Group
+from moe.model.block import Group, in_turn
 from moe.model.cache import KVCache, StackCache
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution, check_execution
@@ -92,12 +92,16 @@ class Transformer(nnx.Module):
         layout = layout.for_length(tokens_BT.shape[1])
         sight = self.sight(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embed(tokens_BT, layout)
-        found, inputs, caches = [], [], []
+        found, inputs, caches, before_BTD = [], [], [], x_BTD
         for number, scan in enumerate(self.scans(key, layout, keep_layer_inputs)):
             where = None if landing is None else landing[number]
             own = None if cache is None else cache.stacks[number]
-            compute = partial(_traced_once, scan) if self.unrolled else scan
-            x_BTD, own, stats, inputs_LBTD = compute(self.stacks[number], x_BTD, sight, own, where)
+            stack, given = self.stacks[number], (x_BTD, sight, own, where)
+            if self.unrolled and layout.mesh is not None:
+                # Gathered while the group before computes, and no sooner.
+                _, stack = in_turn(before_BTD, stack)
+            before_BTD = x_BTD
+            x_BTD, own, stats, inputs_LBTD = _traced_once(scan, stack, *given) if self.unrolled else scan(stack, *given)
             if own is not None:
                 caches.append(own)
             if inputs_LBTD is not None:

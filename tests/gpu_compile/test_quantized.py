@@ -1,5 +1,6 @@
 """Decoding with 8-bit weights compiled for four H20s: what is gathered, and what is wide at a time."""
 
+import math
 import re
 
 import pytest
@@ -37,12 +38,22 @@ def test_a_layers_weights_travel_in_8_bits_and_are_widened_one_matrix_after_the_
 
 
 def operands(program: str) -> dict[str, set[str]]:
-    """By the product's place in the model, the formats of what is multiplied there."""
+    """By the product's place in the model, the formats of what is multiplied there: by XLA, or by a kernel of ours, of
+    whose operands these are the two largest."""
     formats = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", program))
+    products = [
+        (place, {formats[left], formats[right]})
+        for left, right, place in re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\).*op_name=\"([^\"]+)\"", program)
+    ]
+    kernels = r"gpu\.triton\", operand_layout_constraints=\{(.*?)\}, api_version.*op_name=\"([^\"]+)\""
+    for given, place in re.findall(kernels, program):
+        arrays = re.findall(r"(\w+)\[([\d,]+)", given)
+        sizes = sorted((math.prod(map(int, sizes.split(","))), format) for format, sizes in arrays)
+        products.append((place, {format for _, format in sizes[-2:]}))
     found: dict[str, set[str]] = {}
-    for left, right, place in re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\).*op_name=\"([^\"]+)\"", program):
-        kind = next(kind for kind in ("router", "attention", "shared_expert", "head") if kind in place)
-        found.setdefault(kind, set()).update({formats[left], formats[right]})
+    for place, each in products:
+        kind = next(kind for kind in ("router", "attention", "shared_expert", "experts", "head") if kind in place)
+        found.setdefault(kind, set()).update(each)
     return found
 
 
