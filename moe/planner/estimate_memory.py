@@ -86,13 +86,13 @@ class _Estimate:
         return stays | max(moments, key=lambda parts: sum(parts.values()))
 
     def serving(self) -> dict[Part, int]:
-        """A prefill fills a cache of its own before it writes into the given one. Where weights are gathered those of
-        one layer more than a group's are there: the next one's come while one computes. Of a cache in 8 bits one
-        group's part is widened for its attention."""
+        """A prefill fills a cache of its own before it writes into the given one. Of weights that are not read as they
+        are kept one layer's are there, and where they are gathered the next one's, which come while one computes. Of a
+        cache in 8 bits one group's part is widened for its attention."""
         groups = [group for group, _ in self.layers.groups()]
         more = 1 if self.job.layout.zero == 3 else 0
         layers = max(
-            self.weights(group) * (len(group) + more) // len(group) + self.layers.forward(group) for group in groups
+            self.served_weights(group) * (1 + more) // len(group) + self.layers.forward(group) for group in groups
         )
         own = self.cache if self.job.kind == "prefill" else 0
         return {
@@ -150,9 +150,27 @@ class _Estimate:
 
     def weights(self, group: Group) -> int:
         """The matrices of a group in the compute format, gathered over the FSDP axes."""
+        matrices, repeat = self._matrices(group)
+        return self.sizes.compute * sum(map(self._used, matrices)) // repeat
+
+    def served_weights(self, group: Group) -> int:
+        """Of `weights` those that are not read as they are kept: gathered, or in another format."""
+        matrices, repeat = self._matrices(group)
+        made = [
+            each
+            for each in matrices
+            if each.dtype.itemsize != self.sizes.compute or self._used(each) > self._kept(each)
+        ]
+        return self.sizes.compute * sum(map(self._used, made)) // repeat
+
+    def _matrices(self, group: Group) -> tuple[list[ParameterSpec], int]:
+        """Of all groups that are alike, and how many these are."""
         (repeat,) = {repeat for each, repeat in self.job.model.layer_groups() if each == group}
-        of_stack = [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat]
-        return self.sizes.compute * sum(self._used(each) for each in of_stack) // repeat
+        return [each for each in self.specs if _is_stacked(each) and each.shape[0] == repeat], repeat
+
+    def _kept(self, spec: ParameterSpec) -> int:
+        """Numbers of a weight at rest; of all layers."""
+        return numbers(self.layout.stored(spec.axes, spec.shape), spec.shape)
 
     def _used(self, spec: ParameterSpec) -> int:
         """Numbers of a weight that is gathered; of all layers."""

@@ -236,8 +236,8 @@ class Layer:
         pairs = float(job.sequence_length) if job.kind == "decode" else s.length * (s.length + 1) / 2
         flops = 4.0 * per_device * pairs * model.head_dim * self.how.scores
         kv = 2 * max(1, model.num_kv_heads // s.tensor) * job.sequence_length * s.sequences * model.head_dim
-        # Of a cache the group's part is copied out, and widened, before it is read.
-        copied = 0 if job.kind == "train" else kv * (s.kept + s.compute)
+        # Of a cache in 8 bits the group's part is widened before it is read.
+        copied = kv * (s.kept + s.compute) if job.precision.cache and job.kind != "train" else 0
         moved = (2 * s.tokens * heads * model.head_dim + kv) * s.compute + copied
         shape = (s.sequences * heads, s.length, job.sequence_length, model.head_dim)
         return Run("scores", "attention", "attention", flops, float(moved), s.format, shape, **flags)

@@ -28,7 +28,8 @@ class GatheredRoute:
     group: Group = field(metadata={"static": True})
 
     def forth(self, rows_RD: jax.Array) -> jax.Array:
-        return take_rows(_all_gather(rows_RD, self.group).reshape(-1, rows_RD.shape[1]), self.source_S)
+        rows_PRD = jax.lax.all_gather(rows_RD, self.group.axis, axis_index_groups=self.group.index_groups)
+        return take_rows(rows_PRD.reshape(-1, rows_RD.shape[1]), self.source_S)
 
     def back(self, rows_SD: jax.Array) -> jax.Array:
         """Each place has one device that adds something other than zero, so the sum is exact."""
@@ -48,7 +49,7 @@ class GatheredRoute:
 def lay_route(counts_E: jax.Array, num_rows: int, group: Group, limit: int) -> GatheredRoute:
     """See `route.LayRoute`."""
     own = counts_E.size // group.size
-    counts_PE = _all_gather(counts_E, group)
+    counts_PE = group.told(counts_E)
     first_PE = exclusive_sum(counts_PE) + num_rows * jnp.arange(group.size, dtype=jnp.int32)[:, None]
     first_PE, counts_PE = (
         jax.lax.dynamic_slice_in_dim(x, group.position() * own, own, axis=1) for x in (first_PE, counts_PE)
@@ -56,7 +57,3 @@ def lay_route(counts_E: jax.Array, num_rows: int, group: Group, limit: int) -> G
     size = group.size * block_rows(num_rows, counts_E.size, group, limit)
     source_S, target = bucket_order(first_PE, counts_PE, group.size * num_rows, size)
     return GatheredRoute(counts_PE.sum(0), source_S, target, group)
-
-
-def _all_gather(x: jax.Array, group: Group) -> jax.Array:
-    return jax.lax.all_gather(x, group.axis, axis_index_groups=group.index_groups)

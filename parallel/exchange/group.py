@@ -53,6 +53,12 @@ class Group:
         places = {index: place for group in self.index_groups for place, index in enumerate(group)}
         return jnp.array([places[i] for i in range(len(places))], jnp.int32)[index]
 
+    def told(self, counts_E: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: counts_PE of all members, by an all-to-all. An all-gather XLA takes a turn ahead of a
+        loop, where it does so with weights, and computes a second time what the counts come from, attention with it."""
+        counts_PE = jnp.broadcast_to(counts_E, (self.size, counts_E.size))
+        return jax.lax.all_to_all(counts_PE, self.axis, 0, 0, axis_index_groups=self.index_groups)
+
     def traffic(self, amounts_P: jax.Array) -> Traffic:
         """What this device sends, given the amount for each member of its group."""
         members_P, me = jnp.arange(self.size), self.position()

@@ -71,7 +71,7 @@ class RaggedRoute:
 def lay_route(counts_E: jax.Array, num_rows: int, group: Group, limit: int) -> RaggedRoute:
     """See `route.LayRoute`."""
     me, own = group.position(), counts_E.size // group.size
-    counts_PE = jax.lax.all_gather(counts_E, group.axis, axis_index_groups=group.index_groups)
+    counts_PE = group.told(counts_E)
     # From member p to member q. Each sender's rows stand by receiver, each receiver's by sender, without gaps.
     sizes_PQ = counts_PE.reshape(group.size, group.size, own).sum(2)
     begins_at_sender_PQ, begins_at_receiver_PQ = exclusive_sum(sizes_PQ, 1), exclusive_sum(sizes_PQ, 0)
