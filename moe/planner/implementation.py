@@ -11,8 +11,7 @@ class Implementation:
         computes.
     hides_tensor: whether what `tensor` exchanges travels while the product beside it computes, but for the experts'.
     scatters: whether gradients are summed by a reduce-scatter whatever the layout. Ours are where each device keeps a
-        part of the rows and no other devices keep copies; else XLA sums all of them on all devices: the experts', and
-        those of projections back to the stream, of which a device keeps columns.
+        part and no other devices keep copies; else XLA sums all of them on all devices.
     sums_once: whether gradients are summed once a step, in float32 and beside the last microbatch, instead of after
         each; parameters are then gathered beside the first one.
     hides_stages: whether what stages hand on travels while the next microbatch computes.

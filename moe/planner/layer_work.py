@@ -47,11 +47,6 @@ class Weight:
     def numbers(self) -> int:
         return self.batch * self.k * self.n
 
-    @property
-    def leads_back(self) -> bool:
-        """Whether its product is added to the stream."""
-        return self.name in ("w_o", "down")
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -152,9 +147,7 @@ class Layer:
         spared = s.job.layout.experts if weight.use == "experts" else ()
         axes = tuple(axis for axis in s.token_axes if axis not in spared)
         kept = s.expert_fsdp if weight.use == "experts" else s.fsdp
-        of_rows = weight.use != "experts" and not weight.leads_back
-        ours = s.job.layout.zero >= 2 and set(axes) == set(kept) and of_rows
-        scattered = self.how.scatters or ours
+        scattered = self.how.scatters or (s.job.layout.zero >= 2 and set(axes) == set(kept))
         kind: TransferKind = "reduce-scatter" if scattered else "all-reduce"
         name = self._name("sum", weight.use, weight.name, backward=True)
         return s.transfer(name, weight.use, kind, axes, weight.numbers * size, backward=True)

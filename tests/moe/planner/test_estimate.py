@@ -129,7 +129,7 @@ def test_weights_are_gathered_for_each_use_and_their_gradients_summed():
     # 8 devices, 4 on each of 2 nodes: a ring's share leaves over 4 cards.
     assert (forward.inside, forward.across) == pytest.approx((numbers * 2 * 7 / 8, numbers * 2 * 4 / 8 / 4))
     assert again.across == forward.across
-    assert (summed.kind, summed.across) == ("all-reduce", 2 * forward.across)
+    assert (summed.kind, summed.across) == ("reduce-scatter", forward.across)
     assert all(times == MODEL.num_layers for times, _ in gate)
     queries = next(x for _, x in work.transfers() if "sum.attention.w_q" in x.name)
     assert queries.kind == "reduce-scatter"
