@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
         weight, as in decoding, that takes longer than the product.
         """
         groups = [
-            group for (_, n), stack in zip(self.layer_groups, self.stacks, strict=True) for group in split_up(stack, n)
+            group for (_, n), stack in zip(self.layer_groups, self.stacks, strict=True) for group in _split_up(stack, n)
         ]
         self.stacks, self.unrolled = nnx.List(groups), True
 
@@ -271,7 +271,7 @@ class GroupScan(NamedTuple):
         return x_BTD, cache, stats, inputs_LBTD
 
 
-def split_up(stack: Group, repeat: int) -> list[Group]:
+def _split_up(stack: Group, repeat: int) -> list[Group]:
     """The groups of a stack, of arrays or shapes, each as a stack of one."""
     graph, weights = nnx.split(stack)
 
