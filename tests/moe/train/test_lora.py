@@ -18,6 +18,7 @@ from moe.model.adapter import LoraConfig, Target
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.merge import merged
+from moe.model.pieces import unrolled
 from moe.model.precision import FULL
 from moe.model.transformer import Transformer
 from moe.train.data import Batch
@@ -210,7 +211,7 @@ def test_a_run_keeps_adapters_alone_and_is_served_with_them_merged(tmp_path):
 
     served = HunyuanMoE.from_hf(tmp_path / "run").weights.params
     base = HunyuanMoE.from_hf(tmp_path / "base").weights.params
-    expected = merged(adapters, base, experiment.lora)
+    expected = unrolled(merged(adapters, TrainedModel(tmp_path / "base").restore(SINGLE_DEVICE)[0], experiment.lora))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), copied(served), copied(expected))
     queries, before = (tree["stacks"][0]["blocks"][0]["attention"]["w_q_DNH"] for tree in (served, base))
     assert np.abs(np.asarray(queries) - np.asarray(before)).max() > 1e-4
