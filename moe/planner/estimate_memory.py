@@ -87,12 +87,14 @@ class _Estimate:
 
     def serving(self) -> dict[Part, int]:
         """A prefill fills a cache of its own before it writes into the given one. Of weights that are not read as they
-        are kept one layer's are there, and where they are gathered the next one's, which come while one computes. Of a
-        cache in 8 bits one group's part is widened for its attention."""
+        are kept a group's are there, in decoding one layer's; and where they are gathered as many of the next, which
+        come while these compute. Of a cache in 8 bits one group's part is widened for its attention."""
         groups = [group for group, _ in self.layers.groups()]
-        more = 1 if self.job.layout.zero == 3 else 0
+        times = 2 if self.job.layout.zero == 3 else 1
         layers = max(
-            self.served_weights(group) * (1 + more) // len(group) + self.layers.forward(group) for group in groups
+            times * self.served_weights(group) // (len(group) if self.job.kind == "decode" else 1)
+            + self.layers.forward(group)
+            for group in groups
         )
         own = self.cache if self.job.kind == "prefill" else 0
         return {
