@@ -62,7 +62,9 @@ def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
     weights = Weights.abstract(job.model, job.precision, layout, job.execution)
     compute, format = job.precision.compute_dtype, job.precision.cache
-    make = partial(empty_cache, job.model, job.batch_size, job.sequence_length, compute, layout, format, unrolled=True)
+    make = partial(
+        empty_cache, job.model, job.batch_size, job.sequence_length, compute, layout, format, weights.unrolled
+    )
     cache = placed_cache(
         jax.eval_shape(make),
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.activation(axes)),

@@ -56,8 +56,11 @@ class Group:
     def told(self, counts_E: jax.Array) -> jax.Array:
         """Inside `jax.shard_map`: counts_PE of all members, by an all-to-all. An all-gather XLA takes a turn ahead of a
         loop, where it does so with weights, and computes a second time what the counts come from, attention with it."""
-        counts_PE = jnp.broadcast_to(counts_E, (self.size, counts_E.size))
-        return jax.lax.all_to_all(counts_PE, self.axis, 0, 0, axis_index_groups=self.index_groups)
+        return self.all_to_all(jnp.broadcast_to(counts_E, (self.size, counts_E.size)))
+
+    def all_to_all(self, x_P: jax.Array) -> jax.Array:
+        """Inside `jax.shard_map`: of each member, what it has at this device's place along the first axis."""
+        return jax.lax.all_to_all(x_P, self.axis, 0, 0, axis_index_groups=self.index_groups)
 
     def traffic(self, amounts_P: jax.Array) -> Traffic:
         """What this device sends, given the amount for each member of its group."""

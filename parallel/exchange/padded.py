@@ -47,7 +47,7 @@ class PaddedRoute:
 
     def _swap(self, rows_SD: jax.Array) -> jax.Array:
         blocks_PCD = rows_SD.reshape(self.group.size, -1, rows_SD.shape[1])
-        return _all_to_all(blocks_PCD, self.group).reshape(rows_SD.shape)
+        return self.group.all_to_all(blocks_PCD).reshape(rows_SD.shape)
 
 
 def lay_route(counts_E: jax.Array, num_rows: int, group: Group, limit: int) -> PaddedRoute:
@@ -58,11 +58,7 @@ def lay_route(counts_E: jax.Array, num_rows: int, group: Group, limit: int) -> P
     places_PC = jnp.arange(block, dtype=jnp.int32)[None, :]
     packed = jnp.where(places_PC < counts_PE.sum(1, keepdims=True), starts_P + places_PC, num_rows).reshape(-1)
 
-    counts_PE = _all_to_all(counts_PE, group)
+    counts_PE = group.all_to_all(counts_PE)
     first_PE = exclusive_sum(counts_PE) + block * jnp.arange(group.size, dtype=jnp.int32)[:, None]
     source_S, target = bucket_order(first_PE, counts_PE, packed.size, packed.size)
     return PaddedRoute(counts_PE.sum(0), packed, inverse_places(packed, num_rows), source_S, target, group)
-
-
-def _all_to_all(x: jax.Array, group: Group) -> jax.Array:
-    return jax.lax.all_to_all(x, group.axis, 0, 0, axis_index_groups=group.index_groups)
