@@ -38,6 +38,7 @@ from parallel.distributed import LOST, DistributedError, detect, initialize, lea
 from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError
+from parallel.program_cache import keep_programs
 from parallel.together import require_same, wait_for_all
 
 MISTAKES = (ConfigError, MeshError, LayoutError, DataError, RunFolderError, WeightsError, DistributedError)
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         processes = detect(os.environ, coordinator=options.coordinator, count=options.processes, index=options.process)
         console.quiet = processes.index > 0
+        if processes.count == 1:
+            keep_programs()
         initialize(processes, experiment.mesh.num_devices)
         outcome = run(experiment, path, console, remesh=options.remesh)
     except MISTAKES as error:

@@ -45,6 +45,11 @@ class MeshConfig:
         return {axis.name: getattr(self, axis.name) for axis in fields(self)}
 
     @property
+    def sizes_on(self) -> dict[str, int]:
+        """The same of the axes that are on; of one device "data" stays."""
+        return {name: size for name, size in self.sizes.items() if size > 1} or {"data": 1}
+
+    @property
     def num_devices(self) -> int:
         return math.prod(self.sizes.values())
 
@@ -72,7 +77,8 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Lays `config` over the first devices of this machine, or of all processes.
+    """Lays `config` over the first devices of this machine, or of all processes. The mesh has the axes that are on:
+    along one of size 1 XLA for CPU would still have each device exchange with itself.
 
     Where the platform is CPU and JAX has not started yet, as many virtual devices are made as the mesh needs. Several
     processes (parallel/distributed.py) use all devices of each: the devices of a process follow each other, so the
@@ -102,7 +108,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"the mesh {config.text} has {config.num_devices} devices, and the {jax.process_count()} processes have "
             f"{len(devices)}: a mesh over several processes uses all of them, so raise one of the axes, or start fewer"
         )
-    sizes = config.sizes
+    sizes = config.sizes_on
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

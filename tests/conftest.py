@@ -6,6 +6,9 @@ import os
 # LLVM's expensive passes took nearly half of the tests' time. Processes that tests start do without them as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# A test reads what it has compiled itself, or sets a folder of its own (tests/parallel/test_program_cache.py).
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 
 if jax.__version_info__ < (0, 11):

@@ -35,7 +35,7 @@ def described_mesh(chip: Chip, config: MeshConfig, devices_per_node: int) -> Mes
     topology = topologies.get_topology_desc(
         "", "cuda", target_config=chip.target_config, topology=f"1x{count // per_node}x{per_node}"
     )
-    sizes = config.sizes
+    sizes = config.sizes_on
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=topology.devices
     )

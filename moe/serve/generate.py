@@ -17,8 +17,10 @@ from moe.serve.formats import add_formats, formats_of
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.sampling import Sampling, SamplingError
 from moe.train.checkpoint import CheckpointError
+from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError, parse_mesh
+from parallel.program_cache import keep_programs
 
 MISTAKES = (ConfigError, WeightsError, MeshError, LayoutError, ContextError, SamplingError, ChatError)
 
@@ -26,6 +28,7 @@ MISTAKES = (ConfigError, WeightsError, MeshError, LayoutError, ContextError, Sam
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    keep_programs()
     try:
         sampling = Sampling(
             options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop)
@@ -106,4 +109,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main())

@@ -34,8 +34,10 @@ from moe.serve.openai_api import Answers, ApiError, Asked, understand
 from moe.serve.sampling import SamplingError
 from moe.serve.scheduler import BusyError, Event, Request, Scheduler, StoppedError
 from moe.train.checkpoint import CheckpointError
+from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
 from parallel.mesh import MeshError, parse_mesh
+from parallel.program_cache import keep_programs
 
 KEY_VARIABLE = "LEVERAGE_API_KEY"
 CLIENT_CLOSED_REQUEST = 499
@@ -204,6 +206,7 @@ def _sse(told: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    keep_programs()
     try:
         mesh = parse_mesh(options.mesh) if options.mesh else None
         print(f"loading {options.model} …", file=sys.stderr)
@@ -256,4 +259,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main())

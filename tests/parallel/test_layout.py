@@ -3,7 +3,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from parallel.layout import SINGLE_DEVICE, Layout, LayoutConfig, LayoutError
@@ -15,7 +15,9 @@ FSDP = ("data", "expert", "sequence", "stage")
 
 @pytest.fixture(scope="module")
 def layout():
-    return Layout(make_mesh(MeshConfig(data=2, expert=2, tensor=2)))
+    """Of more devices than are here, with all axes on."""
+    axes = tuple(MeshConfig().sizes)
+    return Layout(AbstractMesh((2,) * len(axes), axes))
 
 
 def with_config(layout: Layout, **settings) -> Layout:
@@ -88,8 +90,8 @@ def test_a_ring_leaves_the_heads_together(layout):
 def test_a_sequence_that_does_not_divide_stays_whole():
     layout = Layout(make_mesh(MeshConfig(sequence=2, tensor=2)))
     assert layout.for_length(8) == layout
-    assert layout.for_length(6).activation_spec("BTD") == P(BATCH, ("sequence",), None)
-    assert layout.for_length(1).activation_spec("BTD") == P(BATCH, None, None)
+    assert layout.for_length(6).activation_spec("BTD") == P(None, ("sequence",), None)
+    assert layout.for_length(1).activation_spec("BTD") == P(None, None, None)
     lengths = [(8, True), (8, False), (6, False), (1, False)]
     assert [layout.for_length(n).tokens_length(n, gathered=gathered) for n, gathered in lengths] == [4, 2, 3, 1]
 
@@ -102,10 +104,10 @@ def test_experts_stay_where_they_live_when_used(layout):
 @pytest.mark.parametrize(
     ("axes", "shape", "sentence"),
     [
-        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=1 x "
-         "stage=1 = 4: "),
-        ("DMH", (8, 3, 2), "axis M of w_DMH has size 3, which does not divide over tensor=2 = 2: make it a multiple of "
-         "2, or use a mesh of 1 along these axes"),
+        ("VD", (100, 6), "axis D of w_VD has size 6, which does not divide over data=2 x expert=2 x sequence=2 x "
+         "stage=2 = 16: "),
+        ("DMH", (16, 3, 2), "axis M of w_DMH has size 3, which does not divide over tensor=2 = 2: make it a multiple "
+         "of 2, or use a mesh of 1 along these axes"),
     ],
 )  # fmt: skip
 def test_a_size_that_does_not_divide_names_axis_size_and_remedy(layout, axes, shape, sentence):
@@ -124,7 +126,8 @@ def test_stages_of_zero_are_three():
         LayoutConfig(zero=0)
 
 
-def test_states_on_hosts_that_have_no_such_memory(layout, monkeypatch):
+def test_states_on_hosts_that_have_no_such_memory(monkeypatch):
+    layout = Layout(make_mesh(MeshConfig(data=2)))
     monkeypatch.setattr("parallel.layout.HOST_MEMORY", "moon")
     with pytest.raises(
         LayoutError, match=r"needs moon memory, and the memories of these cpu devices are device.*'devi"

@@ -3,9 +3,15 @@ import pytest
 from parallel.mesh import MeshConfig, MeshError, make_mesh
 
 
-def test_axes_and_sizes():
-    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    assert dict(mesh.shape) == {"stage": 1, "replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(expert=2, stage=2, tensor=2), {"stage": 2, "expert": 2, "tensor": 2}),
+        (MeshConfig(), {"data": 1}),
+    ],
+)
+def test_the_axes_that_are_on_outermost_first(config, shape):
+    assert list(make_mesh(config).shape.items()) == list(shape.items())
 
 
 def test_a_mesh_of_fewer_devices_takes_the_first():

@@ -133,8 +133,8 @@ def test_layers_live_on_their_stages():
     params = blueprint_of("first dense", Layout(make_mesh(MeshConfig(stage=2, data=2)))).shardings().params
     dense, moe = (params["stacks"][i]["blocks"][0] for i in (0, 1))
     assert moe["attention"]["w_q_DNH"].spec[0] == moe["attention_norm_D"].spec[0] == "stage"
-    assert dense["attention"]["w_q_DNH"].spec[:2] == (None, ("data", "expert", "sequence", "stage"))
-    assert params["embedding_VD"].spec[1] == ("data", "expert", "sequence", "stage")
+    assert dense["attention"]["w_q_DNH"].spec[:2] == (None, ("data", "stage"))
+    assert params["embedding_VD"].spec[1] == ("data", "stage")
 
 
 @pytest.mark.slow

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from parallel.exchange import BACKENDS, make_exchange
 from parallel.exchange.minimum import least_rows
-from parallel.mesh import MeshConfig, make_mesh
 from tests.closeness import assert_trees_equal_to_scale
 from tests.oracle import exchange as oracle
 from tests.oracle.blocks import on_the_wire
@@ -49,7 +48,8 @@ def program(
         )
         return jax.tree.map(lambda x: x[None], (y_AD, gradients(dy_1AD[0]), sent))
 
-    spec, mesh = PartitionSpec(axes), make_mesh(MeshConfig(**sizes))
+    devices = np.reshape(jax.devices()[:num_devices], tuple(sizes.values()))
+    spec, mesh = PartitionSpec(axes), Mesh(devices, tuple(sizes))
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 
 

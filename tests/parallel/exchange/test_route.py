@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from parallel.exchange import gathered, padded, ragged
 from parallel.exchange.group import along_rail, inside_node, whole
 from parallel.exchange.route import bring_back, send
-from parallel.mesh import MeshConfig, make_mesh
 from tests.oracle.exchange import arrivals
 
 TRANSPORTS = {"padded": padded.lay_route, "gathered": gathered.lay_route, "ragged": ragged.lay_route}
@@ -24,7 +23,7 @@ R = 9
 def program(name: str, group, limit: int):
     """Sends, scales each arrived row by its bucket's number, brings back; and the gradient of a weighted sum of that.
     Everything the contract speaks of, on `expert`; groups beside the first do the same with the same rows."""
-    mesh = make_mesh(MeshConfig(expert=group.size if group.index_groups is None else 8))
+    mesh = Mesh(jax.devices()[: group.size if group.index_groups is None else 8], ("expert",))
 
     def there_and_back(rows_RD, counts_E):
         route = TRANSPORTS[name](counts_E, rows_RD.shape[0], group, limit)
