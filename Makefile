@@ -45,7 +45,7 @@ plan-setup: .venv-plan/installed ## what compiling for GPUs needs, on a machine 
 	@touch $@
 
 test-gpu-compile: .venv-plan/installed ## what concerns GPUs: compile for H20s and others, without one
-	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile
+	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/gpu_compile $(ARGS)
 
 test-gpu: .venv-plan/installed ## what concerns GPUs, on the one at hand: kernels against oracles, steps against CPU's
 	LEVERAGE_TEST_PLATFORMS=cuda,cpu .venv-plan/bin/python -m pytest -k "not refused" tests/gpu \
