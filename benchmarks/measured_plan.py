@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spread import spread
+from benchmarks.spread import machine, spread
 from benchmarks.train_step import drawn_batch
 from moe.model.config import ModelConfig, RouterConfig
 from moe.model.execution import Execution
@@ -179,9 +179,7 @@ def main() -> None:
         if given.json is not None:
             given.json.write_text(json.dumps(rows, indent=1), "utf-8")
     console = Console(width=160, highlight=False)
-    console.print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.repeats} steps: median (least to most)"
-    )
+    console.print(f"{machine()}, {given.repeats} steps: median (least to most)")
     console.print(table_of(rows))
 
 

@@ -9,7 +9,6 @@ ratios compare a turn with the turn beside it. Rivals run in the environment tha
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -23,6 +22,7 @@ from benchmarks.rivals.job import Job, Setting, Sizes, settings, told
 from benchmarks.rivals.pairing import Player, alternate, finalists
 from benchmarks.rivals.protocol import Worker, WorkerError
 from benchmarks.rivals.report import draw_rates, heats_table, tables, verdicts
+from benchmarks.spread import processor
 from moe.model.presets import SPEED_158M
 from moe.planner.pictures import png
 
@@ -106,12 +106,6 @@ class Run:
             python, module, name = str(RIVALS_PYTHON), "torch_worker", setting.name(job.task)
         command = [python, "-m", f"benchmarks.rivals.{module}", told(job, setting)]
         return Worker(name, command, folder=ROOT, limit=self.limit)
-
-
-def processor() -> str:
-    """The name that Linux has for it."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

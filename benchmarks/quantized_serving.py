@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving import seconds_of
-from benchmarks.spread import spread
+from benchmarks.spread import machine, spread
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.folder import copy_tokenizer
@@ -214,9 +214,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args()
     console = Console(width=160, highlight=False)
-    console.print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.repeats} turns: median (least to most)"
-    )
+    console.print(f"{machine()}, {options.repeats} turns: median (least to most)")
     found = measure(options.run, options.batches, options.repeats, options.steps, console.print)
     console.print(table_of(found))
     if options.json is not None:

@@ -1,8 +1,11 @@
 """How repeated measurements are asked for and told."""
 
 import argparse
+import os
+import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -24,4 +27,12 @@ def asked_repeats(program: str, doc: str | None, default: int, of: str) -> int:
 
 def machine() -> str:
     """What computes, and by which jax."""
-    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    kind = jax.devices()[0].device_kind
+    return f"{f'{os.cpu_count()} x {processor()}' if kind == 'cpu' else kind}, jax {jax.__version__}"
+
+
+def processor() -> str:
+    """The name that Linux has for it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text("utf-8").splitlines() if about.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
