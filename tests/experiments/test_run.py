@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from experiments.run import main
+from moe.train.loop import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "experiments/tiny.py")
@@ -71,6 +72,18 @@ def test_help_says_all():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("several", "kept"), [([], 1), (["--coordinator", "a:1", "--processes", "2", "--process", "0"], 0)]
+)
+def test_one_process_keeps_its_programs(several, kept, monkeypatch):
+    calls = []
+    monkeypatch.setattr("experiments.run.keep_programs", lambda: calls.append("keep"))
+    monkeypatch.setattr("experiments.run.initialize", lambda *_: None)
+    monkeypatch.setattr("experiments.run.run", lambda *_, **__: Outcome(True, 1, None, 0))
+    assert main([TINY, *several]) == 0
+    assert len(calls) == kept
+
+
 def test_a_run_folder_in_use_or_of_another_run_is_refused(tmp_path):
     run = tmp_path / "run"
     command = [
