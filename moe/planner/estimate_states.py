@@ -39,7 +39,7 @@ class States:
 
 def abstract_layout(job: Job) -> Layout:
     """The job's layout over a mesh without devices."""
-    sizes = job.mesh.sizes
+    sizes = job.mesh.sizes_on
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Layout(mesh, job.layout)
 

@@ -108,6 +108,13 @@ class Instruction:
         return self.attributes.get("custom_call_target", "").strip('"')
 
     @property
+    def kernel(self) -> str:
+        """Of a call of a Triton kernel, the name that it was written under; where a partitioner has split the call over
+        a mesh, `op_name` has it no more."""
+        found = re.search(r'", name = "(\w+)"', self.attributes.get("backend_config", ""))
+        return found[1] if found else ""
+
+    @property
     def trip_count(self) -> int | None:
         """Of a loop, where XLA knows it."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes.get("backend_config", ""))

@@ -107,7 +107,7 @@ class Kernels:
             return self._made(computation, instruction, "attention", flops, operands[0].dtype, shape)
         if target.startswith(_SORTS):
             return self._made(computation, instruction, "sort", 0.0)
-        grouped = _GROUPED.search(instruction.op_name)
+        grouped = _GROUPED.search(instruction.kernel)
         if target == "__gpu$xla.gpu.triton" and grouped:
             return self._grouped(computation, instruction, operands, grouped[1])
         raise CountError(f"{instruction.name}: how much work the library call {target!r} is is not known here")
@@ -116,7 +116,7 @@ class Kernels:
         """The kernels of moe/ops/grouped_matmul/triton.py and moe/ops/scaled/triton.py, whose operands have scales
         behind each. They leave out rows that are not there."""
         result = instruction.shape
-        scales = operands[-3::2] if "scaled_" in instruction.op_name else []
+        scales = operands[-3::2] if "scaled_" in instruction.kernel else []
         x, other = (operands[-4], operands[-2]) if scales else operands[-2:]
         experts = other.dims[0] if over == "rows" else result.dims[0]
         use = purpose(self.module, computation, instruction).use

@@ -124,6 +124,7 @@ def test_attributes_stand_apart_whatever_they_hold():
     assert each.attributes["replica_groups"] == "[2,4]<=[4,2]T(1,0)"
     assert each.attributes["backend_config"].endswith('name = "x"}')
     assert each.op_name == "f(a,b=1)"
+    assert each.kernel == "x"
 
 
 @pytest.mark.parametrize("text", ["", "module @x {}", "HloModule x\n\nnonsense here\n"])

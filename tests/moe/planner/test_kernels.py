@@ -56,6 +56,12 @@ def test_cublas():
     assert (run.kind, run.flops, run.shape, run.format) == ("matmul", 2.0 * 64 * 16 * 32, (1, 64, 16, 32), "f8e4m3fn")
 
 
+def described(scope: str, kernel: str) -> str:
+    """Of a call of a Triton kernel."""
+    config = f'{{ir = "ML\\22", name = "{kernel}", num_warps = 8 : i32}}'
+    return f'metadata={{op_name="jit(f)/{scope}"}}, backend_config={config}'
+
+
 ROWS = """  %a = s32[9]{0} parameter(0)
   %b = s32[9]{0} parameter(1)
   %c = s32[9]{0} parameter(2)
@@ -73,7 +79,7 @@ WEIGHTS = """  %a = s32[4]{0} parameter(0)
 @pytest.mark.parametrize(("routed_rows", "rows"), [(None, 100), (60.0, 60), (400.0, 100)])
 def test_the_grouped_product_works_on_rows_that_are_there(text, routed_rows, rows):
     over = "weights" if text == WEIGHTS else "rows"
-    name = f'metadata={{op_name="jit(f)/experts/grouped_matmul_{over}/pallas_call"}}'
+    name = described("experts", f"grouped_matmul_{over}")
     run = run_of(text.replace("METADATA", name), routed_rows=routed_rows)
     assert (run.kind, run.use, run.format) == ("grouped_matmul", "experts", "bf16")
     assert run.flops == sum(2 * 64 * 32 for _ in range(rows))
@@ -108,7 +114,7 @@ SCALED_WEIGHTS = """  %a = s32[4]{0} parameter(0)
     ],
 )
 def test_the_grouped_product_in_8_bits(text, over, format, size):
-    name = f'metadata={{op_name="jit(f)/experts/scaled_grouped_matmul_{over}/pallas_call"}}'
+    name = described("experts", f"scaled_grouped_matmul_{over}")
     run = run_of(text.replace("META", name).replace("TRITON", "__gpu$xla.gpu.triton"), routed_rows=60.0)
     assert (run.kind, run.use, run.format, run.shape) == ("grouped_matmul", "experts", format, (4, 60, 32, 64))
     assert run.flops == 2 * 60 * 64 * 32
@@ -117,7 +123,7 @@ def test_the_grouped_product_in_8_bits(text, over, format, size):
 
 
 def test_a_dense_product_by_the_grouped_kernel_has_all_its_rows():
-    name = 'metadata={op_name="jit(f)/attention/scaled_grouped_matmul_rows/pallas_call"}'
+    name = described("attention/custom_partitioning", "scaled_grouped_matmul_rows")
     text = SCALED_ROWS.replace("META", name).replace("TRITON", "__gpu$xla.gpu.triton")
     assert run_of(text, routed_rows=60.0).flops == 2 * 100 * 64 * 32
 
