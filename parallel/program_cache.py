@@ -2,7 +2,8 @@
 that an earlier one compiled (JAX's persistent compilation cache) and begins at once.
 
 A program is found by all that it was compiled from: its operations, the devices, the versions and flags. What cannot
-be read, or written, is told of in a warning, and compiled.
+be read, or written, is told of in a warning, and compiled. Nothing is ever taken out; the folder may be deleted at any
+time, as `make clean` does.
 """
 
 import os

@@ -78,13 +78,25 @@ def test_all_end_within_the_stated_time(tmp_path):
 
 
 def test_the_first_to_die_is_named_and_not_those_that_missed_it(tmp_path):
-    wait_for_file = f"""
-    import os, sys, time
-    while not os.path.exists({str(tmp_path / "dead")!r}):
-        time.sleep(0.01)
+    files = f"""
+    import fcntl, os, sys, time
+    lock, taken = {str(tmp_path / "lock")!r}, {str(tmp_path / "taken")!r}
     """
-    killed = f"import os; open({str(tmp_path / 'dead')!r}, 'w').close(); os.kill(os.getpid(), 9)"
-    ended = supervise(members(textwrap.dedent(wait_for_file) + "sys.exit(3)", killed), tmp_path / "logs", print)
+    # The lock is free again when its holder is dead.
+    misses_it = """
+    while not os.path.exists(taken):
+        time.sleep(0.01)
+    fcntl.flock(open(lock), fcntl.LOCK_EX)
+    sys.exit(3)
+    """
+    killed = """
+    held = open(lock, "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    open(taken, "w").close()
+    os.kill(os.getpid(), 9)
+    """
+    programs = (textwrap.dedent(files + program) for program in (misses_it, killed))
+    ended = supervise(members(*programs), tmp_path / "logs", print)
     assert (ended.culprit, ended.how) == (1, "was killed by SIGKILL")
     assert ended.seconds < GRACE_SECONDS
 
