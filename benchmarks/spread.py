@@ -28,7 +28,8 @@ def asked_repeats(program: str, doc: str | None, default: int, of: str) -> int:
 def machine() -> str:
     """What computes, and by which jax."""
     kind = jax.devices()[0].device_kind
-    return f"{f'{os.cpu_count()} x {processor()}' if kind == 'cpu' else kind}, jax {jax.__version__}"
+    name = f"{os.cpu_count()} x {processor()}" if kind == "cpu" else kind
+    return f"{name}, jax {jax.__version__}"
 
 
 def processor() -> str:

@@ -6,21 +6,19 @@ be read, or written, is told of in a warning, and compiled. Nothing is ever take
 time, as `make clean` does.
 """
 
-import os
 from pathlib import Path
 
 import jax
 
 FOLDER = Path(".cache/programs")
-_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def keep_programs(folder: Path = FOLDER) -> None:
-    """From here on, keeps in `folder` each program that takes a second or more to compile.
+def keep_programs() -> None:
+    """From here on, keeps in `FOLDER` each program that takes a second or more to compile.
 
     JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none. For a command that is
     one process. Several share out what compiling for GPUs measures, so all must find a program or none: they keep
     programs only where the variable names a folder that all of them see.
     """
-    if not os.environ.get(_VARIABLE):
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(FOLDER.absolute()))

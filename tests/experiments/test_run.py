@@ -71,7 +71,6 @@ def test_help_says_all():
         assert word in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("several", "kept"), [([], 1), (["--coordinator", "a:1", "--processes", "2", "--process", "0"], 0)]
 )
@@ -84,6 +83,7 @@ def test_one_process_keeps_its_programs(several, kept, monkeypatch):
     assert len(calls) == kept
 
 
+@pytest.mark.slow
 def test_a_run_folder_in_use_or_of_another_run_is_refused(tmp_path):
     run = tmp_path / "run"
     command = [
