@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # A file of tests stays in one process, so that what its tests share is made once.
 WORKERS := -n logical --dist loadfile
-# See parallel/large_pages.py; told here, no process has to begin anew.
+# See parallel/malloc.py; told here, no process has to begin anew.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help train test test-full plan-setup test-gpu-compile test-gpu bench-plan bench-setup test-peers bench-peers lint bench clean

@@ -27,8 +27,8 @@ from moe.model.moe_layer import MoELayer
 from moe.model.parameter import SelectionBias
 from moe.model.precision import FULL, Precision
 from moe.model.presets import SPEED_158M
-from parallel.large_pages import use_large_pages
 from parallel.layout import SINGLE_DEVICE
+from parallel.malloc import use_large_pages
 
 LENGTH = 512
 FORMATS = {"float32": FULL, "bfloat16": Precision()}

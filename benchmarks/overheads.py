@@ -25,7 +25,7 @@ from moe.train.checkpoint import CheckpointStore
 from moe.train.data import Data, open_data
 from moe.train.state import TrainState
 from moe.train.step import make_train_step, place_batch
-from parallel.large_pages import use_large_pages
+from parallel.malloc import use_large_pages
 
 LAYERS = (tiny.model.num_layers, 16, 64)
 BETWEEN_SAVES = 50

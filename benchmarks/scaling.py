@@ -20,8 +20,8 @@ from benchmarks.spread import asked_repeats, machine, spread
 from benchmarks.train_step import stepper
 from moe.model.precision import FULL
 from moe.model.presets import SPEED_158M
-from parallel.large_pages import use_large_pages
 from parallel.layout import SINGLE_DEVICE, Layout
+from parallel.malloc import use_large_pages
 from parallel.mesh import MeshConfig, make_mesh
 
 LENGTH = 256

@@ -36,7 +36,7 @@ from moe.serve.scheduler import Scheduler
 from moe.serve.server import Service
 from moe.train.tokenizer import train_tokenizer
 from moe.train.trained import ArraySource
-from parallel.large_pages import use_large_pages
+from parallel.malloc import use_large_pages
 
 CONTEXT = 2048
 ANSWER = 64

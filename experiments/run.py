@@ -35,8 +35,8 @@ from moe.train.pretrained import open_pretrained
 from moe.train.run_folder import RunFolder, RunFolderError, write_atomically
 from moe.train.state import Blueprint, TrainState
 from parallel.distributed import LOST, DistributedError, detect, initialize, leave
-from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
+from parallel.malloc import use_large_pages
 from parallel.mesh import MeshError
 from parallel.program_cache import keep_programs
 from parallel.together import require_same, wait_for_all

@@ -17,8 +17,8 @@ from moe.serve.formats import add_formats, formats_of
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.sampling import Sampling, SamplingError
 from moe.train.checkpoint import CheckpointError
-from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
+from parallel.malloc import use_large_pages
 from parallel.mesh import MeshError, parse_mesh
 from parallel.program_cache import keep_programs
 

@@ -34,8 +34,8 @@ from moe.serve.openai_api import Answers, ApiError, Asked, understand
 from moe.serve.sampling import SamplingError
 from moe.serve.scheduler import BusyError, Event, Request, Scheduler, StoppedError
 from moe.train.checkpoint import CheckpointError
-from parallel.large_pages import use_large_pages
 from parallel.layout import LayoutError
+from parallel.malloc import use_large_pages
 from parallel.mesh import MeshError, parse_mesh
 from parallel.program_cache import keep_programs
 

@@ -25,6 +25,7 @@ from moe.train.progress import TrainingProgress
 from moe.train.run_folder import RunFolder
 from moe.train.state import Blueprint, TrainState
 from moe.train.step import StepMetrics, make_evaluation_step, make_train_step, place_batch
+from parallel.malloc import give_back
 from parallel.together import Agreement
 
 
@@ -188,6 +189,7 @@ class _Run:
             loss_chunk=config.loss_chunk,
         )
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
+        give_back()
         sequence_length = batch.tokens_BT.shape[1]
         self.flops_per_token = train_flops_per_token(
             blueprint.config, blueprint.model_specs, sequence_length, frozen=blueprint.lora is not None

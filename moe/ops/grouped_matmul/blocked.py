@@ -143,43 +143,43 @@ def _few_rows_product(
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
-    of_group = _product_of_group(x_RD, dy_RF, sizes_E, dtype)
-    groups_E = jnp.arange(sizes_E.shape[0])
-    return from_bits(jax.lax.scan(lambda _, e: (None, as_bits(of_group(e))), None, groups_E)[1], dtype)
+    zeros_LEDF = jnp.zeros((1, len(sizes_E), x_RD.shape[1], dy_RF.shape[1]), _summed_in(dtype))
+    return _with_weights_product(zeros_LEDF, jnp.int32(0), x_RD, dy_RF, sizes_E)[0].astype(dtype)
 
 
 def _with_weights_product(
     dw_LEDF: jax.Array, layer: jax.Array, x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
-    """dw_LEDF, with one layer's set to `weights_product`."""
-    of_group = _product_of_group(x_RD, dy_RF, sizes_E, x_RD.dtype)
-
-    def group(e, dw_LEDF):
-        dw_DF = of_group(e).astype(dw_LEDF.dtype)
-        return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], (layer, e, 0, 0))
-
-    return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)
-
-
-def _product_of_group(
-    x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike
-) -> Callable[[jax.Array], jax.Array]:
-    """The function that gives one group's [D, F] of `weights_product`."""
-    ends_E, wide = jnp.cumsum(sizes_E.astype(jnp.int32)), _summed_in(dtype)
+    """dw_LEDF, zero in one layer, with that layer's set to `weights_product`."""
+    ends_E, tallest = jnp.cumsum(sizes_E.astype(jnp.int32)), min(HEIGHTS[-1], x_RD.shape[0])
     x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
-    def of_group(e: jax.Array) -> jax.Array:
-        end = ends_E[e]
+    def product(height: int, row: jax.Array, end: jax.Array) -> jax.Array:
+        x_block, first = _take(x, height, row, rows_axis)
+        dy_bF, _ = _take(dy_RF, height, row)
+        rows = first + jnp.arange(height, dtype=jnp.int32)
+        mine_b = (rows >= row) & (rows < end)
+        x_block = jnp.where(jnp.expand_dims(mine_b, 1 - rows_axis), x_block, 0)
+        return _multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)
 
-        def block(height, row, dw_DF):
-            x_block, first = _take(x, height, row, rows_axis)
-            dy_bF, _ = _take(dy_RF, height, row)
-            rows = first + jnp.arange(height, dtype=jnp.int32)
-            mine_b = (rows >= row) & (rows < end)
-            x_block = jnp.where(jnp.expand_dims(mine_b, 1 - rows_axis), x_block, 0)
-            return dw_DF + _multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, wide)
+    def group(e, dw_LEDF):
+        end, place = ends_E[e], (layer, e, 0, 0)
+        full = jnp.maximum(sizes_E[e] - 1, 0) // tallest
+        full_from = end - full * tallest
 
-        zeros_DF = jnp.zeros((x_RD.shape[1], dy_RF.shape[1]), wide)
-        return _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, zeros_DF).astype(dtype)
+        def write(height, row, dw_LEDF):
+            return jax.lax.dynamic_update_slice(dw_LEDF, product(height, row, full_from)[None, None], place)
 
-    return of_group
+        def add(i, dw_DF):
+            return dw_DF + product(tallest, full_from + i * tallest, end)
+
+        def add_full(_, dw_LEDF):
+            dw_11DF = jax.lax.dynamic_slice(dw_LEDF, place, (1, 1, *dw_LEDF.shape[2:]))
+            dw_DF = jax.lax.fori_loop(0, full, add, dw_11DF[0, 0])
+            return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], place)
+
+        # Most groups have fewer rows than the tallest block: their product is written once, and added to nothing.
+        dw_LEDF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
+        return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, dw_LEDF)
+
+    return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)

@@ -1,9 +1,13 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-TELL = "import os, sys; from parallel.large_pages import use_large_pages; print('begun', flush=True); "
+from parallel.malloc import give_back
+
+TELL = "import os, sys; from parallel.malloc import use_large_pages; print('begun', flush=True); "
 TELL += "use_large_pages(); print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
 
 
@@ -20,3 +24,18 @@ def test_a_process_begins_anew_once_with_the_same_arguments(told, begun, expecte
     command = [sys.executable, "-c", TELL, "an argument", "--another"]
     done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["begun"] * begun + [f"{expected} an argument --another"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no glibc")
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+    pieces = [bytes([1]) * 2**16 for _ in range(4096)]
+    begin, last = resident(), pieces.pop()
+    del pieces
+    kept = resident()
+    give_back()
+    assert begin - kept < 2**26, "what comes last keeps malloc from giving anything back by itself"
+    assert kept - resident() > 2**27
+    assert last
