@@ -180,6 +180,8 @@ def _with_weights_product(
 
         # Most groups have fewer rows than the tallest block: their product is written once, and added to nothing.
         dw_LEDF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
+        if x_RD.shape[0] <= tallest:
+            return dw_LEDF
         return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, dw_LEDF)
 
     return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)
