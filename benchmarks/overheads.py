@@ -24,7 +24,7 @@ from experiments.tiny import experiment as tiny
 from moe.train.checkpoint import CheckpointStore
 from moe.train.data import Data, open_data
 from moe.train.state import TrainState
-from moe.train.step import make_train_step, place_batch
+from moe.train.step import compile_step, make_train_step, place_batch
 from parallel.malloc import use_large_pages
 
 LAYERS = (tiny.model.num_layers, 16, 64)
@@ -37,8 +37,8 @@ def compiled(experiment: Experiment, batch: Any) -> tuple[Any, float]:
     """The step, and the seconds that it took to have it."""
     blueprint = experiment.blueprint()
     begin = time.perf_counter()
-    step: Any = make_train_step(blueprint, seed=0)
-    return step.lower(blueprint.abstract_state(), batch).compile(), time.perf_counter() - begin
+    step = compile_step(make_train_step(blueprint, seed=0), blueprint.abstract_state(), batch)
+    return step, time.perf_counter() - begin
 
 
 class Stepper:

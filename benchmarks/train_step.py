@@ -24,9 +24,9 @@ from moe.model.presets import SPEED_158M
 from moe.train.data import Batch
 from moe.train.optimizer import OptimizerConfig
 from moe.train.state import make_blueprint
-from moe.train.step import make_train_step, place_batch
+from moe.train.step import compile_step, make_train_step, place_batch
 from parallel.layout import SINGLE_DEVICE, Layout
-from parallel.malloc import give_back, use_large_pages
+from parallel.malloc import use_large_pages
 
 BATCH, LENGTH = 4, 512
 DENSE = replace(SPEED_158M, num_experts=0, num_shared_experts=0, d_dense=2 * SPEED_158M.d_expert)
@@ -59,8 +59,7 @@ def stepper(
     blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), layout, steps=10_000)
     given = place_batch(drawn_batch(config.vocab_size, batch, length), layout)
     state = blueprint.create_state(seed=0)
-    step = make_train_step(blueprint, seed=0).lower(state, given).compile()  # type: ignore[attr-defined]
-    give_back()
+    step = compile_step(make_train_step(blueprint, seed=0), state, given)
 
     def take() -> tuple[float, float]:
         nonlocal state

@@ -24,8 +24,7 @@ from moe.train.metrics import MetricsWriter, Record, record_of
 from moe.train.progress import TrainingProgress
 from moe.train.run_folder import RunFolder
 from moe.train.state import Blueprint, TrainState
-from moe.train.step import StepMetrics, make_evaluation_step, make_train_step, place_batch
-from parallel.malloc import give_back
+from moe.train.step import StepMetrics, compile_step, make_evaluation_step, make_train_step, place_batch
 from parallel.together import Agreement
 
 
@@ -188,8 +187,7 @@ class _Run:
             virtual_stages=config.virtual_stages,
             loss_chunk=config.loss_chunk,
         )
-        compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
-        give_back()
+        compiled = compile_step(step, state, batch)
         sequence_length = batch.tokens_BT.shape[1]
         self.flops_per_token = train_flops_per_token(
             blueprint.config, blueprint.model_specs, sequence_length, frozen=blueprint.lora is not None

@@ -22,6 +22,7 @@ from moe.train.state import Blueprint, TrainState
 from moe.train.streamed import check_landing, landed_gradients, streamed_norm, streamed_update, streams
 from parallel.layout import Layout
 from parallel.loops import steady_scan
+from parallel.malloc import give_back
 
 
 class LayerStats(NamedTuple):
@@ -167,6 +168,13 @@ def make_train_step(
 
     shardings = blueprint.shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, layout.whole()))
+
+
+def compile_step(step: Any, state: TrainState, batch: Batch) -> Any:
+    """What `make_train_step` gives, compiled for such arguments before the first step needs its memory."""
+    compiled = step.lower(state, batch).compile()
+    give_back()
+    return compiled
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:

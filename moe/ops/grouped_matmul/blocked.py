@@ -65,14 +65,20 @@ Block = Callable[[int, jax.Array, Any], Any]
 """Takes a block's height, the first of the group's rows in it and what was made so far, and makes more of that."""
 
 
+def _tallest_blocks(num_rows: int, size: jax.Array) -> tuple[int, jax.Array]:
+    """The tallest block's height, and how many such a group has behind its first block, which has the rest."""
+    tallest = min(HEIGHTS[-1], num_rows)
+    return tallest, jnp.maximum(size - 1, 0) // tallest
+
+
 def _over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, made: Any) -> Any:
     """What `block` makes of the rows [start, start + size), `made` to begin with."""
     heights = sorted({min(height, num_rows) for height in HEIGHTS})
-    full = jnp.maximum(size - 1, 0) // heights[-1]
-    rest = size - full * heights[-1]
+    tallest, full = _tallest_blocks(num_rows, size)
+    rest = size - full * tallest
     # Loops of one turn or none, for a conditional would copy what was made so far.
     for least, height in zip((0, *heights), heights, strict=False):
-        times = ((rest > least) & (rest <= height)).astype(jnp.int32) + (full if height == heights[-1] else 0)
+        times = ((rest > least) & (rest <= height)).astype(jnp.int32) + (full if height == tallest else 0)
         made = jax.lax.fori_loop(0, times, lambda i, made, h=height, first=start: block(h, first + i * h, made), made)
         start += times * height
     return made
@@ -150,8 +156,8 @@ def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype
 def _with_weights_product(
     dw_LEDF: jax.Array, layer: jax.Array, x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
-    """dw_LEDF, zero in one layer, with that layer's set to `weights_product`."""
-    ends_E, tallest = jnp.cumsum(sizes_E.astype(jnp.int32)), min(HEIGHTS[-1], x_RD.shape[0])
+    """dw_LEDF, zero in one layer, with that layer's set to `weights_product` in its format."""
+    num_rows, ends_E = x_RD.shape[0], jnp.cumsum(sizes_E.astype(jnp.int32))
     x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
     def product(height: int, row: jax.Array, end: jax.Array) -> jax.Array:
@@ -164,7 +170,7 @@ def _with_weights_product(
 
     def group(e, dw_LEDF):
         end, place = ends_E[e], (layer, e, 0, 0)
-        full = jnp.maximum(sizes_E[e] - 1, 0) // tallest
+        tallest, full = _tallest_blocks(num_rows, sizes_E[e])
         full_from = end - full * tallest
 
         def write(height, row, dw_LEDF):
@@ -179,8 +185,8 @@ def _with_weights_product(
             return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], place)
 
         # Most groups have fewer rows than the tallest block: their product is written once, and added to nothing.
-        dw_LEDF = _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
-        if x_RD.shape[0] <= tallest:
+        dw_LEDF = _over_blocks(num_rows, end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
+        if num_rows == tallest:
             return dw_LEDF
         return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, dw_LEDF)
 
