@@ -19,20 +19,22 @@ from parallel.platform import platform
 def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
     """Wraps the function of one scanned group, of a loop of so many `turns`.
 
-    "none": every intermediate is kept; most memory, no recomputation.
+    "none": the result of every computation is kept; most memory. What only moves numbers is done again: weights are
+        gathered again, as each device would keep those of all layers whole. Of weights that are gathered in 8 bits it
+        does, for these are multiplied by their scales once they have arrived.
     "matmuls": outputs of the matrix products with weights are kept, the rest is computed again.
     "matmuls_on_host": as "matmuls", and what is kept waits in the host's memory.
     "matmuls_fp8": as "matmuls", and what is kept in bfloat16 is kept as e4m3 with a scale for each vector: half the
         bytes. The forward pass is exact; the backward pass computes with rounded values (COAT, arXiv 2410.19313, §5).
     "full": only the group's input is kept, its forward pass runs twice.
     """
-    if policy == "none":
-        return _kept_as_bits(layers)
     # Forward and backward pass are loops of their own, which keeps XLA from computing once what both compute, unless it
     # takes a loop apart, which it does with one turn, and where weights are gathered a turn ahead with two.
     # `prevent_cse` would do so by a barrier, before which a device's part of the weights waits as a float32 copy to be
     # cast behind it.
     checkpoint = partial(jax.checkpoint, prevent_cse=turns <= 2)
+    if policy == "none":
+        return _kept_as_bits(checkpoint(layers, policy=_computes))
     if policy == "full":
         return _kept_as_bits(checkpoint(layers))
     policies = jax.checkpoint_policies
@@ -52,6 +54,22 @@ def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
         )
         return checkpoint(layers, policy=offload)
     raise ConfigError(f"execution.remat={policy!r}: give 'none', 'matmuls', 'matmuls_fp8', 'matmuls_on_host' or 'full'")
+
+
+def _computes(primitive, *operands, **parameters) -> bool:
+    """A checkpoint's policy: whether an operation's result is kept, and not rather made again of what is.
+
+    Of casts, those to a wider format are not. Nor is fp8, but its bits are (`rounded` of moe/ops/scaled/quantize.py):
+    JAX rounds what a checkpoint keeps to the format it has (`_insert_reduce_precision` of jax/_src/ad_checkpoint.py),
+    and takes e4m3fn to have infinities, so that 256 to 448, its last binade, would come back as nan.
+    """
+    if primitive.name == "convert_element_type":
+        if parameters["new_dtype"] in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+            return False
+        return jnp.dtype(parameters["new_dtype"]).itemsize <= operands[0].dtype.itemsize
+    if primitive.name == "bitcast_convert_type":
+        return parameters["new_dtype"] == jnp.uint8
+    return primitive.name not in ("sharding_constraint", "reshape", "transpose")
 
 
 def _with_rounded(of_dots: Callable, of_names: Callable) -> Callable:

@@ -95,7 +95,9 @@ def rounded(x: jax.Array, scales: jax.Array, dtype: DTypeLike, *, gradient: bool
         whole = jnp.floor(scaled + _chance(x)) if gradient else jnp.round(scaled)
         return jnp.clip(whole, -127, 127).astype(jnp.int8)
     top = float(jnp.finfo(dtype).max)
-    return jnp.clip(scaled, -top, top).astype(dtype)
+    # By way of its bits, as which rematerialisation keeps it (moe/model/remat.py).
+    bits = jax.lax.bitcast_convert_type(jnp.clip(scaled, -top, top).astype(dtype), jnp.uint8)
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _chance(x: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from moe.model.remat import rematerialise
+from parallel.layout import Layout
+from parallel.mesh import MeshConfig, make_mesh
 
 D = 16
 R = np.random.default_rng(0)
@@ -52,3 +54,24 @@ def test_what_is_not_finite_stays_so():
         ).sum()
 
     assert not jnp.isfinite(jax.grad(loss)(X_BD.at[2, 3].set(jnp.inf))[2].astype(jnp.float32)).any()
+
+
+def test_weights_that_were_gathered_are_not_kept():
+    L, D, F = 4, 32, 48
+    layout = Layout(make_mesh(MeshConfig(data=8)))
+
+    def layer(x_BD, w_DF):
+        w_DF = layout.gather(w_DF, "DF")
+        return jnp.tanh(x_BD @ w_DF) @ w_DF.T, jnp.zeros(())
+
+    def compiled(layer):
+        def loss(x_BD, w_LDF):
+            return jnp.square(jax.lax.scan(layer, x_BD, w_LDF)[0]).sum()
+
+        w_LDF = jax.device_put(jnp.ones((L, D, F)), layout.stored("LDF", (L, D, F)))
+        x_BD = jax.device_put(jnp.ones((8, D)), layout.activation("BD"))
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_BD, w_LDF).compile().as_text()
+
+    whole = f"f32[{L},{D},{F}]"
+    assert whole not in compiled(rematerialise(layer, "none", turns=L))
+    assert whole in compiled(layer)
