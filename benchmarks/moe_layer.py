@@ -3,22 +3,24 @@
     python -m benchmarks.moe_layer [--tokens 8192] [--repeats 7]
 
 Layers have the 158M model's width and no shared expert; the dense layer is as wide as the experts that a token goes to
-are together. All take turns in one process, so that they share the machine's moods; ratios compare turns with turns.
+are together. Two at a time take turns, each in a process of its own; ratios compare a turn with the turn beside it.
 """
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rivals.pairing import alternate
+from benchmarks.rivals.party import joins, party
+from benchmarks.rivals.protocol import About, Take, serve
 from benchmarks.spread import machine, spread
 from moe.model.config import RouterConfig
 from moe.model.execution import Execution
@@ -51,8 +53,8 @@ class Layer:
             return f"dense, of {self.top_k} experts' width"
         return f"{self.experts} experts, top-{self.top_k}" + (", all tokens to one" if self.skewed else "")
 
-    def runner(self, precision: Precision, tokens: int) -> Callable[[], float]:
-        """A function that goes through the layer and back, and returns its seconds."""
+    def runner(self, precision: Precision, tokens: int) -> Take:
+        """A function that goes through the layer and back."""
         sizes = SPEED_158M
         shape = (tokens // LENGTH, LENGTH, sizes.d_model)
         x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(precision.compute_dtype) for i in range(2))
@@ -70,10 +72,10 @@ class Layer:
             y_BTD, back = jax.vjp(through, params, x_BTD)
             return y_BTD, back(dy_BTD)
 
-        def take() -> float:
+        def take() -> tuple[dict[str, float], None]:
             begin = time.perf_counter()
             jax.block_until_ready(there_and_back(params, x_BTD, dy_BTD))
-            return time.perf_counter() - begin
+            return {"layer": time.perf_counter() - begin}, None
 
         take()
         return take
@@ -99,10 +101,17 @@ PAIRS: tuple[tuple[Layer, Layer], ...] = (
     (Layer(16, 1, skewed=True), Layer(16, 1)),
 )
 """What is measured, and what with."""
+MODULE = "benchmarks.moe_layer"
+
+
+def begin(name: str, format: str, tokens: int) -> tuple[About, Take]:
+    """Makes the layer of this name ready to take turns."""
+    (layer,) = {layer for pair in PAIRS for layer in pair if layer.name == name}
+    return {}, layer.runner(FORMATS[format], tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help=f"a multiple of {LENGTH} (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each layer (default: %(default)s)")
     options = parser.parse_args()
@@ -110,23 +119,23 @@ def main() -> None:
         parser.error(
             f"--tokens {options.tokens} --repeats {options.repeats}: give a multiple of {LENGTH}, and 1 or more"
         )
-    layers = dict.fromkeys(layer for pair in PAIRS for layer in pair)
     console = Console(width=140, highlight=False)
     console.print(f"{machine()}, {options.tokens} tokens, {options.repeats} turns: median (least to most)")
-    for format, precision in FORMATS.items():
-        runners = {layer: layer.runner(precision, options.tokens) for layer in layers}
-        seconds: dict[Layer, list[float]] = {layer: [] for layer in layers}
-        for _ in range(options.repeats):
-            for layer, take in runners.items():
-                seconds[layer].append(take())
+    for format in FORMATS:
         table = Table(format, "ms", "beside", "time, times its", box=None)
         for layer, rival in PAIRS:
-            ratios = np.array(seconds[layer]) / np.array(seconds[rival])
-            milliseconds = [1e3 * each for each in seconds[layer]]
-            table.add_row(layer.name, spread(milliseconds, 0), rival.name, spread(ratios.tolist(), 2))
+            with (
+                party(MODULE, layer.name, format=format, tokens=options.tokens) as own,
+                party(MODULE, rival.name, format=format, tokens=options.tokens) as other,
+            ):
+                pairs = alternate(own, other, options.repeats)
+            milliseconds = [1e3 * pair.ours.seconds["layer"] for pair in pairs]
+            ratios = [pair.ours.seconds["layer"] / pair.rival.seconds["layer"] for pair in pairs]
+            table.add_row(layer.name, spread(milliseconds, 0), rival.name, spread(ratios, 2))
         console.print(table)
 
 
 if __name__ == "__main__":
     use_large_pages()
-    main()
+    told = joins()
+    main() if told is None else serve(partial(begin, **told))

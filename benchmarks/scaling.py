@@ -4,18 +4,20 @@
 
 Each row is beside the base, a model of the 158M preset's width with two layers on one device, and tells how many times
 as long it takes and how many times the work of products it is; their quotient says what growing costs. More experts
-are more weights, for the optimizer above all, and no more products. Virtual devices share the same cores. All take
-turns in one process; ratios compare turns with turns.
+are more weights, for the optimizer above all, and no more products. Virtual devices share the same cores. Each takes
+turns with the base, in a process of its own; ratios compare a turn with the turn beside it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rivals.pairing import alternate
+from benchmarks.rivals.party import joins, party
+from benchmarks.rivals.protocol import About, Take, serve
 from benchmarks.spread import asked_repeats, machine, spread
 from benchmarks.train_step import stepper
 from moe.model.precision import FULL
@@ -38,13 +40,6 @@ class Case:
     experts: int = 16
     mesh: MeshConfig = ONE_DEVICE
 
-    def ready(self) -> tuple[Callable[[], tuple[float, float]], float]:
-        """A function that takes one step and tells its seconds, and the FLOPs of its products."""
-        config = replace(SPEED_158M, num_layers=self.layers, num_experts=self.experts)
-        layout = SINGLE_DEVICE if self.mesh.num_devices == 1 else Layout(make_mesh(self.mesh))
-        take, flops = stepper(config, FULL, self.batch, LENGTH, layout)
-        return take, flops * self.batch * LENGTH
-
 
 BASE = Case("base: 2,048 tokens, 2 layers, 16 experts, 1 device")
 CASES = (
@@ -59,28 +54,37 @@ CASES = (
     Case("4 devices, data 2 x expert 2", mesh=MeshConfig(data=2, expert=2)),
     Case("8 devices, data 2 x expert 4", mesh=MeshConfig(data=2, expert=4)),
 )
+MODULE = "benchmarks.scaling"
+
+
+def begin(name: str) -> tuple[About, Take]:
+    """Makes the case of this name ready to take turns. It is about the FLOPs of a step's products."""
+    (case,) = (case for case in (BASE, *CASES) if case.name == name)
+    jax.config.update("jax_num_cpu_devices", case.mesh.num_devices)
+    config = replace(SPEED_158M, num_layers=case.layers, num_experts=case.experts)
+    layout = SINGLE_DEVICE if case.mesh.num_devices == 1 else Layout(make_mesh(case.mesh))
+    take, flops = stepper(config, FULL, case.batch, LENGTH, layout)
+    return {"work": flops * case.batch * LENGTH}, take
 
 
 def main() -> None:
-    repeats = asked_repeats("benchmarks.scaling", __doc__, 5, "turns of each case")
+    repeats = asked_repeats(MODULE, __doc__, 5, "turns of each case")
     console = Console(width=120, highlight=False)
     console.print(f"{machine()}, {repeats} turns: median (least to most)")
     table = Table("float32", "time, times the base's", "work", "time for the work", box=None)
-    take_base, work_of_base = BASE.ready()
-    for case in CASES:
-        take, work = case.ready()
-        ratios = []
-        for _ in range(repeats):
-            base, own = take_base()[0], take()[0]
-            ratios.append(own / base)
-        more = work / work_of_base
-        table.add_row(case.name, spread(ratios, 2), f"{more:.2f}", spread((np.array(ratios) / more).tolist(), 2))
-        console.print(f"  {case.name}: measured")
-    console.print(f"{BASE.name}: {BASE.batch * LENGTH / take_base()[0]:,.0f} tokens/s")
+    with party(MODULE, BASE.name) as base:
+        for case in CASES:
+            with party(MODULE, case.name) as own:
+                pairs = alternate(own, base, repeats)
+                more = own.about["work"] / base.about["work"]
+            ratios = [pair.ours.seconds["step"] / pair.rival.seconds["step"] for pair in pairs]
+            table.add_row(case.name, spread(ratios, 2), f"{more:.2f}", spread([ratio / more for ratio in ratios], 2))
+            console.print(f"  {case.name}: measured")
+        console.print(f"{BASE.name}: {BASE.batch * LENGTH / base.turn().seconds['step']:,.0f} tokens/s")
     console.print(table)
 
 
 if __name__ == "__main__":
     use_large_pages()
-    jax.config.update("jax_num_cpu_devices", 8)
-    main()
+    told = joins()
+    main() if told is None else serve(partial(begin, **told))

@@ -2,12 +2,14 @@
 
     python -m benchmarks.train_step [--repeats 5]
 
-The three models take turns in one process, so that they share the machine's moods; ratios compare turns with turns.
+Both take turns, each in a process of its own; ratios compare a turn with the turn beside it.
 """
 
+import statistics
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,6 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals.job import draw_tokens
+from benchmarks.rivals.pairing import alternate, ratios
+from benchmarks.rivals.party import joins, party
+from benchmarks.rivals.protocol import About, Take, serve
 from benchmarks.spread import asked_repeats, machine, spread
 from moe.model.config import ModelConfig
 from moe.model.count import train_flops_per_token
@@ -31,13 +36,9 @@ from parallel.malloc import use_large_pages
 BATCH, LENGTH = 4, 512
 DENSE = replace(SPEED_158M, num_experts=0, num_shared_experts=0, d_dense=2 * SPEED_158M.d_expert)
 """The shared and the one chosen expert as one feed-forward layer: the same products for each token, no routing."""
-
-CONTENDERS: dict[str, tuple[ModelConfig, Precision]] = {
-    "MoE 158M, bfloat16": (SPEED_158M, Precision()),
-    "MoE 158M, float32": (SPEED_158M, FULL),
-    "dense of its active size, bfloat16": (DENSE, Precision()),
-    "dense of its active size, float32": (DENSE, FULL),
-}
+MODELS = {"MoE 158M": SPEED_158M, "dense of its active size": DENSE}
+FORMATS = {"bfloat16": Precision(), "float32": FULL}
+MODULE = "benchmarks.train_step"
 
 
 def drawn_batch(vocab_size: int, batch: int, length: int) -> Batch:
@@ -54,50 +55,50 @@ def stepper(
     batch: int = BATCH,
     length: int = LENGTH,
     layout: Layout = SINGLE_DEVICE,
-) -> tuple[Callable[[], tuple[float, float]], float]:
-    """A function that takes one step and returns its seconds and its loss, and the model FLOPs of a token."""
+) -> tuple[Take, float]:
+    """A function that takes one step, and the model FLOPs of a token."""
     blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), layout, steps=10_000)
     given = place_batch(drawn_batch(config.vocab_size, batch, length), layout)
     state = blueprint.create_state(seed=0)
     step = compile_step(make_train_step(blueprint, seed=0), state, given)
 
-    def take() -> tuple[float, float]:
+    def take() -> tuple[dict[str, float], float]:
         nonlocal state
         begin = time.perf_counter()
         state, metrics = step(state, given)
         jax.block_until_ready((state, metrics))
-        return time.perf_counter() - begin, float(metrics.loss)
+        return {"step": time.perf_counter() - begin}, float(metrics.loss)
 
     take()
     return take, train_flops_per_token(config, blueprint.specs, length)
 
 
-def main() -> None:
-    repeats = asked_repeats("benchmarks.train_step", __doc__, 5, "turns of each model")
-    steppers = {name: stepper(*contender) for name, contender in CONTENDERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for _ in range(repeats):
-        for name, (take, _) in steppers.items():
-            seconds[name].append(take()[0])
+def begin(name: str, format: str) -> tuple[About, Take]:
+    """Makes the model of this name ready to take turns. It is about the model FLOPs of a token."""
+    take, flops = stepper(MODELS[name], FORMATS[format])
+    return {"flops": flops}, take
 
-    table = Table(
-        f"{BATCH} x {LENGTH} tokens", "tokens/s", "model GFLOP/s", "of the dense one in the same format", box=None
-    )
-    for name, (_, flops) in steppers.items():
-        rates = BATCH * LENGTH / np.array(seconds[name])
-        rival = name.replace("MoE 158M", "dense of its active size")
-        ratios = np.array(seconds[rival]) / np.array(seconds[name])
-        table.add_row(
-            name,
-            spread(rates.tolist(), 0),
-            f"{np.median(rates) * flops / 1e9:,.0f}",
-            spread(ratios.tolist(), 2),
-        )
+
+def main() -> None:
+    repeats = asked_repeats(MODULE, __doc__, 5, "turns of each model")
     console = Console(width=120, highlight=False)
     console.print(f"{machine()}, {repeats} turns: median (least to most)")
+    table = Table(f"{BATCH} x {LENGTH} tokens", "tokens/s", "model GFLOP/s", "times as fast as dense", box=None)
+    for format in FORMATS:
+        with ExitStack() as stack:
+            moe, dense = (stack.enter_context(party(MODULE, name, format=format)) for name in MODELS)
+            pairs = alternate(moe, dense, repeats)
+        turns = [pair.ours for pair in pairs], [pair.rival for pair in pairs]
+        beside = spread(ratios(pairs, "step"), 2), ""
+        for worker, taken, ratio in zip((moe, dense), turns, beside, strict=True):
+            rates = [BATCH * LENGTH / turn.seconds["step"] for turn in taken]
+            flops = statistics.median(rates) * worker.about["flops"] / 1e9
+            table.add_row(f"{worker.name}, {format}", spread(rates, 0), f"{flops:,.0f}", ratio)
+        console.print(f"  {format}: measured")
     console.print(table)
 
 
 if __name__ == "__main__":
     use_large_pages()
-    main()
+    told = joins()
+    main() if told is None else serve(partial(begin, **told))

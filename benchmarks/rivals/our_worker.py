@@ -23,13 +23,7 @@ from parallel.layout import SINGLE_DEVICE
 
 def trainer(config: ModelConfig, job: Job) -> Take:
     """In bfloat16 as runs are by default: parameters and AdamW's moments stay in float32."""
-    take, _ = stepper(config, FULL if job.format == "float32" else Precision(), job.batch, job.length)
-
-    def turn() -> tuple[dict[str, float], float]:
-        seconds, loss = take()
-        return {"step": seconds}, loss
-
-    return turn
+    return stepper(config, FULL if job.format == "float32" else Precision(), job.batch, job.length)[0]
 
 
 def decoder(config: ModelConfig, job: Job) -> Take:
