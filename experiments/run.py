@@ -169,13 +169,13 @@ def _open_data(experiment: Experiment, blueprint: Blueprint, console: Console) -
 
 
 def first_state(experiment: Experiment, blueprint: Blueprint) -> TrainState:
-    """The state of step 0: drawn from the seed, or with the weights of `init_from`."""
+    """The state of step 0: drawn from the seed, or with the weights of `init_from` and their selection biases."""
     if experiment.init_from is None:
         return blueprint.create_state(experiment.training.seed)
     pretrained = open_pretrained(Path(experiment.init_from))
     precision = experiment.precision
-    params, _ = pretrained.load(blueprint.layout, precision.stored_dtype, precision.quantized)
-    return blueprint.state_from(params, experiment.training.seed)
+    params, balance = pretrained.load(blueprint.layout, precision.stored_dtype, precision.quantized)
+    return blueprint.state_from(params, experiment.training.seed, balance)
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -81,6 +81,12 @@ class Pretrained:
         if found:
             told = ", ".join(f"model.{name}={ours!r} instead of {theirs!r}" for name, ours, theirs in found)
             raise ConfigError(f"{whose}: {str(self.folder)!r} holds another model: {told}")
+        ours, theirs = config.router.balance, self.config.router.balance
+        if config.has_moe and theirs == "bias" != ours:
+            raise ConfigError(
+                f"{whose}: experts of {str(self.folder)!r} are chosen with selection biases, which "
+                f"model.router.balance={ours!r} has no place for; give 'bias'"
+            )
 
 
 def open_pretrained(folder: Path, adapters: Path | None = None) -> Pretrained:

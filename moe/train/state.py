@@ -124,17 +124,22 @@ class Blueprint:
         for rounding of the last bit."""
         return jax.jit(self.new_state, out_shardings=self.shardings())(run_key(seed, Purpose.INITIALIZE))
 
-    def state_from(self, params: dict[str, Any], seed: int = 0) -> TrainState:
+    def state_from(self, params: dict[str, Any], seed: int = 0, balance: dict[str, Any] | None = None) -> TrainState:
         """A state of step 0 with the model's given parameters, which stand where `shardings` says and in the stored
-        format; beneath LoRA these are frozen, and the adapters drawn from the seed."""
+        format; beneath LoRA these are frozen, and the adapters drawn from the seed.
 
-        def begin(params: dict[str, Any]) -> TrainState:
+        Args:
+            balance: the routers' selection biases that the parameters were trained with; None or empty for zeros.
+        """
+
+        def begin(params: dict[str, Any], balance: dict[str, Any] | None) -> TrainState:
             fresh = self.new_state(run_key(seed, Purpose.INITIALIZE))
+            fresh = fresh._replace(balance=balance or fresh.balance)
             if self.lora is not None:
                 return fresh._replace(frozen=params)
             return fresh._replace(params=params, opt_state=self._first_states(params))
 
-        return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params)
+        return jax.jit(begin, out_shardings=self.shardings(), donate_argnums=0)(params, balance)
 
 
 def optimizer_shardings(opt_state: optax.OptState, specs: dict[str, Any], layout: Layout) -> Any:

@@ -65,6 +65,21 @@ def test_a_run_begins_with_the_weights_it_was_given(exported, tmp_path):
     assert outcome.finished
 
 
+def test_a_run_begins_with_the_selection_biases_it_was_given(tmp_path):
+    small_run(tmp_path / "first", tmp_path / "corpus", "model.router.balance=bias", "training.steps=3")
+    begins = f"init_from={tmp_path / 'first'}"
+    for mesh in ({"mesh.data": 2}, {"mesh.expert": 1}):
+        changes = {"init_from": str(tmp_path / "first"), "model.router.balance": "bias"} | mesh
+        experiment = small_experiment(tmp_path / "corpus").vary(changes)
+        blueprint = experiment.blueprint()
+        found = first_state(experiment, blueprint).balance
+        expected = open_pretrained(tmp_path / "first").balance(SINGLE_DEVICE)
+        assert any(np.any(x) for x in jax.tree.leaves(expected))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(ConfigError, match="selection biases, which model.router.balance='aux_loss' has no place for"):
+        small_run(tmp_path / "second", tmp_path / "corpus", begins, "model.router.balance=aux_loss")
+
+
 def test_another_model_is_refused_by_its_fields(exported, tmp_path):
     with pytest.raises(ConfigError, match=r"holds another model: model.norm_eps=0.1 instead of 1e-05"):
         small_run(tmp_path / "run", tmp_path / "corpus", f"init_from={exported}", "model.norm_eps=0.1")
