@@ -80,27 +80,26 @@ def test_products_by_use(counted):
 
 
 def test_bytes_of_collectives(counted):
-    """All weights come once for each pass that uses them, in bfloat16, the router's and the embedding in float32; the
-    embedding comes as the head as well, in bfloat16. The gradients leave once in bfloat16, those of the router, the
-    embedding and the head in float32."""
+    """All weights come once for the forward pass and once for the backward pass, in bfloat16, the router's and the
+    embedding in float32; the embedding comes once, and as the head as well, in bfloat16. The gradients leave once in
+    bfloat16, those of the router, the embedding and the head in float32."""
     job, work = counted
     devices, experts = job.mesh.num_devices, job.mesh.expert
-    passes = 2 if job.execution.remat == "full" else 1
     matrices = 2 * (L * (2 * D * N * H + 3 * D * F) + L // GROUP * 2 * D * M * H)
     router, embedding = 4 * L * D * E, 4 * V * D
     expert_weights = 2 * L * E // experts * 3 * D * F
     slots = math.ceil(CAPACITY * K * T / E)
     rows = 2 * experts * min(T * K, E // experts * slots) * D
     # There and back in each pass, and the gradients.
-    journeys = L * (2 * passes + 2)
+    journeys = L * (2 * (2 if job.execution.remat == "full" else 1) + 2)
 
     def shares(size: float, among: int) -> float:
         return size * (among - 1) / among
 
     expected = {
-        ("all-gather", ("data", "expert")): shares(passes * (matrices + router) + embedding + embedding / 2, devices),
+        ("all-gather", ("data", "expert")): shares(2 * (matrices + router) + embedding + embedding / 2, devices),
         ("reduce-scatter", ("data", "expert")): shares(matrices + router + 2 * embedding, devices),
-        ("all-gather", ("data",)): shares(passes * expert_weights, job.mesh.data),
+        ("all-gather", ("data",)): shares(2 * expert_weights, job.mesh.data),
         ("reduce-scatter", ("data",)): shares(expert_weights, job.mesh.data),
         ("all-to-all", ("expert",)): shares(journeys * rows, experts),
     }
