@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from parallel.blocks import Blocks, EightBit, block_size, element_of, from_blocks, to_blocks
+from parallel.made_again import made_again
 
 
 def join(
@@ -77,5 +78,5 @@ def with_gradient(rearrange: Callable[[Array], Array], place: Callable[[Array], 
     would sum it whole: twice the bytes.
     """
     rearranged = jax.custom_vjp(rearrange)
-    rearranged.defvjp(lambda x: (rearrange(x), None), lambda _, dx: (place(dx),))
+    rearranged.defvjp(lambda x: (made_again(rearrange)(x), None), lambda _, dx: (place(dx),))
     return rearranged

@@ -3,6 +3,7 @@ and checkpoint names follow without any array."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from moe.model.precision import Precision
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.quantize import Quantized, QuantizedWeight, dequantize, quantize
 from parallel.layout import Layout
+from parallel.made_again import made_again
 
 Kind = Literal["embedding", "head", "norm", "attention", "router", "expert", "shared_expert", "dense", "adapter"]
 
@@ -79,8 +81,9 @@ def used(param: nnx.Param, dtype: DTypeLike, layout: Layout) -> Any:
     if isinstance(weight, InStack):
         return weight
     if isinstance(weight, QuantizedWeight):
-        return dequantize(as_kept(param, layout), dtype)
-    return layout.gather(weight.astype(dtype), axes, param.get_metadata("gathered", None))
+        return made_again(partial(dequantize, dtype=dtype))(as_kept(param, layout))
+    cast = made_again(lambda weight: weight.astype(dtype))(weight)
+    return layout.gather(cast, axes, param.get_metadata("gathered", None))
 
 
 def as_kept(param: nnx.Param, layout: Layout) -> Any:

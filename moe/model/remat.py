@@ -13,15 +13,15 @@ from moe.ops.bits import as_bits, from_bits
 from moe.ops.matmul import PRODUCT
 from moe.ops.quantize import dequantize_rows, quantize_rows
 from parallel.layout import HOST_MEMORY
+from parallel.made_again import MADE_AGAIN
 from parallel.platform import platform
 
 
 def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
     """Wraps the function of one scanned group, of a loop of so many `turns`.
 
-    "none": the result of every computation is kept; most memory. What only moves numbers is done again: weights are
-        gathered again, as each device would keep those of all layers whole. Of weights that are gathered in 8 bits it
-        does, for these are multiplied by their scales once they have arrived.
+    "none": the result of every computation is kept; most memory. Not so the weights as products take them: they are
+        cast, gathered or widened again, as each device would keep those of all layers whole.
     "matmuls": outputs of the matrix products with weights are kept, the rest is computed again.
     "matmuls_on_host": as "matmuls", and what is kept waits in the host's memory.
     "matmuls_fp8": as "matmuls", and what is kept in bfloat16 is kept as e4m3 with a scale for each vector: half the
@@ -59,9 +59,10 @@ def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
 def _computes(primitive, *operands, **parameters) -> bool:
     """A checkpoint's policy: whether an operation's result is kept, and not rather made again of what is.
 
-    Of casts, those to a wider format are not. Nor is fp8, but its bits are (`rounded` of moe/ops/scaled/quantize.py):
-    JAX rounds what a checkpoint keeps to the format it has (`_insert_reduce_precision` of jax/_src/ad_checkpoint.py),
-    and takes e4m3fn to have infinities, so that 256 to 448, its last binade, would come back as nan.
+    What only moves numbers is not kept, nor a cast to a wider format. Nor is fp8, but its bits are (`rounded` of
+    moe/ops/scaled/quantize.py): JAX rounds what a checkpoint keeps to the format it has (`_insert_reduce_precision` of
+    jax/_src/ad_checkpoint.py), and takes e4m3fn to have infinities, so that 256 to 448, its last binade, would come
+    back as nan.
     """
     if primitive.name == "convert_element_type":
         if parameters["new_dtype"] in (jnp.float8_e4m3fn, jnp.float8_e5m2):
@@ -69,7 +70,7 @@ def _computes(primitive, *operands, **parameters) -> bool:
         return jnp.dtype(parameters["new_dtype"]).itemsize <= operands[0].dtype.itemsize
     if primitive.name == "bitcast_convert_type":
         return parameters["new_dtype"] == jnp.uint8
-    return primitive.name not in ("sharding_constraint", "reshape", "transpose")
+    return primitive.name not in (MADE_AGAIN, "sharding_constraint", "reshape", "transpose")
 
 
 def _with_rounded(of_dots: Callable, of_names: Callable) -> Callable:

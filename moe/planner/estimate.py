@@ -56,16 +56,17 @@ class Group:
             for layer in self.layers
             for event in layer.forward(recomputed=recomputed, needed=not (recomputed and layer.ends))
         ]
-        widened = (run for layer in self.layers for run in layer.widened(backward=recomputed))
-        return (*widened, *self._gathering(kernels, backward=recomputed))
+        return self._with_weights(kernels, backward=recomputed)
 
-    def _gathering(self, events: list[Event], *, backward: bool) -> tuple[Event, ...]:
-        """Gathers of the weights, and the layers' events, during some of which they arrive."""
+    def _with_weights(self, events: list[Event], *, backward: bool) -> tuple[Event, ...]:
+        """What becomes of the weights on their way into products, and the layers' events, during some of which weights
+        arrive."""
+        widened = (run for layer in self.layers for run in layer.widened(backward=backward))
         gathers = [each for layer in self.layers for each in layer.gathers(backward=backward)]
         # XLA, which unrolls loops by two, begins every other gather of experts while kernels run.
         late = gathers if self.layers[0].how.prefetches else [each for each in gathers if each.use == "experts"][1::2]
         early = (event for gather in gathers if gather not in late for event in alone(gather))
-        return (*early, *together(late, events))
+        return (*widened, *early, *together(late, events))
 
     def kept(self, kind: TransferKind) -> list[Event]:
         """Outputs of the products with weights, on their way to the host and back."""
@@ -82,7 +83,7 @@ class Group:
     def backward(self, remat: str, sums: int) -> tuple[Event, ...]:
         layers = [event for layer in reversed(self.layers) for event in layer.backward(sums)]
         if remat == "none":
-            return self._gathering(layers, backward=True)
+            return self._with_weights(layers, backward=True)
         again = self.forward(recomputed=True)
         if remat == "full":
             return again + tuple(layers)

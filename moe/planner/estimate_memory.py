@@ -165,12 +165,6 @@ class _Estimate:
         ]
         return self.sizes.compute * sum(map(self._used, made)) // repeat
 
-    def cast_weights(self, group: Group) -> int:
-        """A device's share of a group's matrices in the compute format, of those that are not stored in it."""
-        matrices, repeat = self._matrices(group)
-        cast = [each for each in matrices if each.dtype.itemsize != self.sizes.compute]
-        return self.sizes.compute * sum(map(self._kept, cast)) // repeat
-
     def _matrices(self, group: Group) -> tuple[list[ParameterSpec], int]:
         """Of all groups that are alike, and how many these are."""
         (repeat,) = {repeat for each, repeat in self.job.model.layer_groups() if each == group}
@@ -310,7 +304,7 @@ class _Estimate:
     def activations(self) -> int:
         """All that is kept for the backward pass. A pipeline keeps its chunks' inputs, and of one chunk what is
         computed again."""
-        return self.inputs + sum(count * self.kept(group) for group, count in self.layers.groups())
+        return self.inputs + sum(count * self.layers.kept(group) for group, count in self.layers.groups())
 
     @property
     def inputs(self) -> int:
@@ -327,14 +321,6 @@ class _Estimate:
             return False
         _, count = list(self.layers.groups())[pipelined_stack(self.job.model)]
         return count == 1
-
-    def kept(self, group: Group) -> int:
-        """For the backward pass. Where nothing is computed again that takes in a device's share of the weights, cast;
-        or what came of them."""
-        weights = 0
-        if self.job.execution.remat == "none" and not self.one_group_a_tick:
-            weights = self.weights(group) if self.sizes.keeps_gathered("experts") else self.cast_weights(group)
-        return self.layers.kept(group) + weights
 
     def backward(self, group: Group) -> int:
         """Beside its activations a group's weights live, and the gradients of one layer's, not yet shared out; without

@@ -112,7 +112,7 @@ class Layer:
         ]
 
     def gathers(self, *, backward: bool) -> list[Transfer]:
-        """Of its weights, for one use, or for the backward pass what is gathered again."""
+        """Of its weights, for one use."""
         s = self.sizes
         if s.job.layout.zero < 3:
             return []
@@ -123,7 +123,6 @@ class Layer:
                 backward=backward, recomputed=backward,
             )
             for weight in self.weights()
-            if not (backward and s.keeps_gathered(weight.use))
         ]  # fmt: skip
 
     def widened(self, *, backward: bool) -> list[Run]:

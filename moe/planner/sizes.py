@@ -154,13 +154,6 @@ class Sizes:
             return 1 + 1 / block_size(self.model.d_model // self.over(*self.gathered_over(use)))
         return min(self.matrices, self.compute) if self.job.precision.quantized else self.compute
 
-    def keeps_gathered(self, use: Use) -> bool:
-        """Whether a matrix waits for the backward pass as products take it: where that is what came of its scales, and
-        nothing is computed again (moe/model/remat.py)."""
-        precision = self.job.precision
-        scaled = use != "router" and bool(precision.gathered or precision.quantized)
-        return scaled and self.job.execution.remat == "none"
-
     def gathered_over(self, use: Use) -> tuple[str, ...]:
         """Axes over which the weights of a layer are shared out between uses."""
         return self.expert_fsdp if use == "experts" else self.fsdp

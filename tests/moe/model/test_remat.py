@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from moe.model.parameter import used
 from moe.model.remat import rematerialise
+from moe.ops.quantize import quantize
 from parallel.layout import Layout
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -56,21 +59,26 @@ def test_what_is_not_finite_stays_so():
     assert not jnp.isfinite(jax.grad(loss)(X_BD.at[2, 3].set(jnp.inf))[2].astype(jnp.float32)).any()
 
 
-def test_weights_that_were_gathered_are_not_kept():
+@pytest.mark.parametrize("how", ["gathered", "gathered in fp8", "widened from int8"])
+def test_weights_as_products_take_them_are_not_kept(how):
     L, D, F = 4, 32, 48
     layout = Layout(make_mesh(MeshConfig(data=8)))
+    w_LDF = jax.device_put(jnp.ones((L, D, F)), layout.stored("LDF", (L, D, F)))
+    x_BD = jax.device_put(jnp.ones((8, D)), layout.activation("BD"))
+    weights = (quantize(w_LDF, "int8", (-2,)), None) if how == "widened from int8" else (None, w_LDF)
 
-    def layer(x_BD, w_DF):
-        w_DF = layout.gather(w_DF, "DF")
+    def layer(x_BD, weights):
+        frozen_DF, trained_DF = weights
+        gathered = "fp8" if how == "gathered in fp8" else None
+        weight_DF = trained_DF if frozen_DF is None else frozen_DF
+        w_DF = used(nnx.Param(weight_DF, axes="DF", gathered=gathered), jnp.float32, layout)
         return jnp.tanh(x_BD @ w_DF) @ w_DF.T, jnp.zeros(())
 
     def compiled(layer):
-        def loss(x_BD, w_LDF):
-            return jnp.square(jax.lax.scan(layer, x_BD, w_LDF)[0]).sum()
+        def loss(x_BD, frozen_LDF, trained_LDF):
+            return jnp.square(jax.lax.scan(layer, x_BD, (frozen_LDF, trained_LDF))[0]).sum()
 
-        w_LDF = jax.device_put(jnp.ones((L, D, F)), layout.stored("LDF", (L, D, F)))
-        x_BD = jax.device_put(jnp.ones((8, D)), layout.activation("BD"))
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_BD, w_LDF).compile().as_text()
+        return jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BD, *weights).compile().as_text()
 
     whole = f"f32[{L},{D},{F}]"
     assert whole not in compiled(rematerialise(layer, "none", turns=L))
