@@ -9,7 +9,6 @@ are together. Two at a time take turns, each in a process of its own; ratios com
 import argparse
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals.pairing import alternate
-from benchmarks.rivals.party import joins, party
-from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.rivals.party import drive_or_join, party
+from benchmarks.rivals.protocol import About, Take
 from benchmarks.spread import machine, spread
 from moe.model.config import RouterConfig
 from moe.model.execution import Execution
@@ -137,5 +136,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     use_large_pages()
-    told = joins()
-    main() if told is None else serve(partial(begin, **told))
+    drive_or_join(main, begin)

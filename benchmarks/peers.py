@@ -20,13 +20,13 @@ from rich.console import Console
 from benchmarks.rivals.comparison import OURS, Comparison, Entrant
 from benchmarks.rivals.job import Job, Setting, Sizes, settings, told
 from benchmarks.rivals.pairing import Player, alternate, finalists
+from benchmarks.rivals.party import ROOT
 from benchmarks.rivals.protocol import Worker, WorkerError
 from benchmarks.rivals.report import draw_rates, heats_table, tables, verdicts
 from benchmarks.spread import processor
 from moe.model.presets import SPEED_158M
 from moe.planner.pictures import png
 
-ROOT = Path(__file__).parent.parent
 RIVALS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 HEAT = 2
 """Turns of a setting alone, after one to warm up; the faster one counts."""

@@ -9,15 +9,14 @@ turns with the base, in a process of its own; ratios compare a turn with the tur
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals.pairing import alternate
-from benchmarks.rivals.party import joins, party
-from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.rivals.party import drive_or_join, party
+from benchmarks.rivals.protocol import About, Take
 from benchmarks.spread import asked_repeats, machine, spread
 from benchmarks.train_step import stepper
 from moe.model.precision import FULL
@@ -86,5 +85,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     use_large_pages()
-    told = joins()
-    main() if told is None else serve(partial(begin, **told))
+    drive_or_join(main, begin)

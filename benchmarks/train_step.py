@@ -9,7 +9,6 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
@@ -18,8 +17,8 @@ from rich.table import Table
 
 from benchmarks.rivals.job import draw_tokens
 from benchmarks.rivals.pairing import alternate, ratios
-from benchmarks.rivals.party import joins, party
-from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.rivals.party import drive_or_join, party
+from benchmarks.rivals.protocol import About, Take
 from benchmarks.spread import asked_repeats, machine, spread
 from moe.model.config import ModelConfig
 from moe.model.count import train_flops_per_token
@@ -100,5 +99,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     use_large_pages()
-    told = joins()
-    main() if told is None else serve(partial(begin, **told))
+    drive_or_join(main, begin)
