@@ -1,29 +1,29 @@
 """Training and decoding beside Hugging Face's transformers on PyTorch, in one run.
 
-    python -m benchmarks.peers [--repeats 5] [--only train|decode] [--format float32|bfloat16] [--compile]
+    python -m benchmarks.peers [--device gpu] [--repeats 5] [--only train|decode] [--format float32|bfloat16] [--compile]
 
-Both sides compute models of the 158M preset's sizes on the same tokens, each in a process of its own. They take turns,
-and the one that waits takes nothing. First each setting of a rival is tried alone; its fastest ones are then measured:
-ratios compare a turn with the turn beside it. Rivals run in the environment that `make bench-setup` makes.
+Both sides compute models of the same sizes on the same tokens, each in a process of its own: the 158M preset's, on a GPU
+larger ones too. They take turns, and the one that waits takes nothing. First each setting of a rival is tried alone;
+its fastest ones are then measured: ratios compare a turn with the turn beside it. Rivals run in the environment that
+`make bench-setup` makes; for a GPU, give both environments a jax and a torch that compute there.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.rivals.comparison import OURS, Comparison, Entrant
-from benchmarks.rivals.job import Job, Setting, Sizes, settings, told
+from benchmarks.rivals.job import Device, Job, Setting, Sizes, settings, told
 from benchmarks.rivals.pairing import Player, alternate, finalists
 from benchmarks.rivals.party import ROOT
 from benchmarks.rivals.protocol import Worker, WorkerError
 from benchmarks.rivals.report import draw_rates, heats_table, tables, verdicts
-from benchmarks.spread import processor
 from moe.model.presets import SPEED_158M
 from moe.planner.pictures import png
 
@@ -35,25 +35,58 @@ FULL_SIZES = Sizes(**{field.name: getattr(SPEED_158M, field.name) for field in f
 TINY_SIZES = Sizes(
     vocab_size=256, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, d_expert=96
 )
+LARGE_SIZES = Sizes(
+    vocab_size=32_000, d_model=2048, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=128, num_experts=16,
+    d_expert=2048,
+)  # fmt: skip
+"""1.9B parameters, 416M of them active."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    trained: sizes, texts and tokens of each, of each step that is timed. steps: of a turn.
+    decoded: sizes. context: tokens of a prompt. answer: tokens decoded after it.
+    """
+
+    trained: tuple[tuple[Sizes, int, int], ...]
+    decoded: Sizes
+    context: int
+    answer: int
+    steps: int = 1
+
+
+WORK: dict[Device, Work] = {
+    "cpu": Work(((FULL_SIZES, 4, 512),), FULL_SIZES, 1024, 32),
+    "gpu": Work(
+        ((LARGE_SIZES, 8, 2048), (FULL_SIZES, 32, 2048), (FULL_SIZES, 4, 512)), LARGE_SIZES, 1024, 128, steps=10
+    ),
+}
+TINY_WORK = Work(((TINY_SIZES, 2, 32),), TINY_SIZES, 32, 4)
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Each task in each format that was asked for."""
-    sizes = TINY_SIZES if options.tiny else FULL_SIZES
-    batch, length, context, answer = (2, 32, 32, 4) if options.tiny else (4, 512, 1024, 32)
+    device, work = options.device, TINY_WORK if options.tiny else WORK[options.device]
     for format in ("float32", "bfloat16"):
         if options.format in (None, format):
             if options.only != "decode":
-                yield Job("train", format, batch, length, 0, sizes)
+                for sizes, batch, length in work.trained:
+                    yield Job("train", format, batch, length, 0, sizes, device, work.steps)
             if options.only != "train":
-                yield from (Job("decode", format, texts, context, answer, sizes) for texts in (1, 8))
+                for texts in (1, 8):
+                    yield Job("decode", format, texts, work.context, work.answer, work.decoded, device)
 
 
 class Run:
-    """Comparisons with the same options, and their progress on standard error."""
+    """Comparisons with the same options, and their progress on standard error.
 
-    def __init__(self, repeats: int, limit: float, compiled: bool) -> None:
-        self.repeats, self.limit, self.compiled = repeats, limit, compiled
+    Args:
+        rival: what settings are tried: those whose name has this in it.
+    """
+
+    def __init__(self, repeats: int, limit: float, compiled: bool, rival: str = "") -> None:
+        self.repeats, self.limit, self.compiled, self.rival = repeats, limit, compiled, rival
         self.progress = Console(stderr=True, highlight=False)
 
     def compare(self, job: Job) -> Comparison:
@@ -81,6 +114,8 @@ class Run:
         """The least seconds by part of each setting, alone; sentences on others are added to `failures`."""
         found = {}
         for setting in settings(job, compiled=self.compiled):
+            if self.rival not in setting.name(job.task):
+                continue
             self.progress.print(f"{job.name}: trying {setting.name(job.task)} ", end="")
             try:
                 with self.worker(job, setting) as rival:
@@ -111,10 +146,13 @@ class Run:
 def main() -> None:
     about = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=about)
+    parser.add_argument("--device", choices=tuple(WORK), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--only", choices=("train", "decode"), help="one task; both otherwise")
     parser.add_argument("--format", choices=("float32", "bfloat16"), help="one format; both otherwise")
     parser.add_argument("--compile", action="store_true", help="try torch.compile too, which takes minutes")
+    parser.add_argument("--rival", default="", metavar="TEXT",
+                        help="try only settings with this in their name, such as 'HunYuanMoEV1, grouped_mm'")  # fmt: skip
     parser.add_argument("--limit", type=float, default=600, help="seconds a turn may take (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "peers.json", metavar="FILE",
                         help="for all turns, with the picture beside it (default: build/peers.json)")  # fmt: skip
@@ -126,18 +164,19 @@ def main() -> None:
         parser.exit(1, f"{RIVALS_PYTHON}: the rivals' environment is absent; make it with `make bench-setup`\n")
 
     console = Console(width=160, highlight=False)
-    run = Run(options.repeats, options.limit, options.compile)
+    run = Run(options.repeats, options.limit, options.compile, options.rival)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
     for job in jobs(options):
         comparisons.append(run.compare(job))
-        found = {"processor": processor(), "comparisons": [each.to_json() for each in comparisons]}
+        found = {"device": comparisons[0].ours["device"], "comparisons": [each.to_json() for each in comparisons]}
         options.json.write_text(json.dumps(found, indent=1), "utf-8")
         show(comparisons[-1], console)
     picture = options.json.with_suffix(".png")
     if any(each.entrants for each in comparisons):
         png(draw_rates(comparisons), picture)
-    console.print(f"{processor()}, {options.repeats} turns: median (least to most); {options.json}, {picture}\n")
+    console.print(f"{comparisons[0].ours['device']}, {options.repeats} turns: median (least to most); "
+                  f"{options.json}, {picture}\n", soft_wrap=True)  # fmt: skip
     for each in comparisons:
         for sentence in verdicts(each):
             console.print(sentence, soft_wrap=True)

@@ -54,8 +54,10 @@ def stepper(
     batch: int = BATCH,
     length: int = LENGTH,
     layout: Layout = SINGLE_DEVICE,
+    *,
+    steps: int = 1,
 ) -> tuple[Take, float]:
-    """A function that takes one step, and the model FLOPs of a token."""
+    """A function that takes so many steps, and the model FLOPs of a token."""
     blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), layout, steps=10_000)
     given = place_batch(drawn_batch(config.vocab_size, batch, length), layout)
     state = blueprint.create_state(seed=0)
@@ -64,7 +66,8 @@ def stepper(
     def take() -> tuple[dict[str, float], float]:
         nonlocal state
         begin = time.perf_counter()
-        state, metrics = step(state, given)
+        for _ in range(steps):
+            state, metrics = step(state, given)
         jax.block_until_ready((state, metrics))
         return {"step": time.perf_counter() - begin}, float(metrics.loss)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 Task = Literal["train", "decode"]
 Format = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "gpu"]
 Cache = Literal["dynamic", "static"]
 """transformers' classes of caches."""
 Family = Literal["HunYuanMoEV1", "Qwen2Moe", "Qwen3Moe"]
@@ -29,6 +30,15 @@ class Sizes:
     num_experts: int
     d_expert: int
 
+    @property
+    def name(self) -> str:
+        """Millions of parameters, but for norms and routers."""
+        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        experts = 3 * self.d_expert * (self.num_experts + 1)
+        embedded = 2 * self.vocab_size
+        millions = self.d_model * (embedded + self.num_layers * (attention + experts)) / 1e6
+        return f"{millions:,.{0 if millions >= 10 else 2}f}M"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,6 +47,7 @@ class Job:
     format: of the computation.
     batch: texts. length: tokens of each, in decoding of its prompt.
     answer: tokens that are decoded for each text.
+    steps: of training in one turn, none of which waits for the one before.
     """
 
     task: Task
@@ -45,18 +56,20 @@ class Job:
     length: int
     answer: int
     sizes: Sizes
+    device: Device = "cpu"
+    steps: int = 1
 
     @property
     def name(self) -> str:
         if self.task == "train":
-            return f"train step, {self.batch} x {self.length} tokens, {self.format}"
-        return f"decoding, batch {self.batch}, context {self.length}, {self.format}"
+            return f"train step, {self.sizes.name}, {self.batch} x {self.length} tokens, {self.format}"
+        return f"decoding, {self.sizes.name}, batch {self.batch}, context {self.length}, {self.format}"
 
     @property
     def tokens(self) -> dict[str, int]:
         """Of one turn, by the parts that are timed."""
         if self.task == "train":
-            return {"step": self.batch * self.length}
+            return {"step": self.batch * self.length * self.steps}
         return {"prefill": self.batch * self.length, "decode": self.batch * self.answer}
 
 
@@ -91,7 +104,7 @@ def settings(job: Job, *, compiled: bool) -> list[Setting]:
     """Those that a rival may be at its best in.
 
     Left out are transformers' "batched_mm" for many tokens, which copies an expert's weights for each of them (18 GB a
-    layer of the 158M model at 2048 tokens), and its kernels for GPUs.
+    layer of the 158M model at 2048 tokens), and kernels for GPUs that it would fetch from elsewhere.
 
     Args:
         compiled: whether torch.compile is tried as well.

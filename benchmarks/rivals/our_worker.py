@@ -1,14 +1,17 @@
 """Our process beside a rival's. Started by `benchmarks.peers`."""
 
+import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 from flax import nnx
 
 from benchmarks.rivals.job import Job, draw_tokens, read
-from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.rivals.protocol import About, Take, resident, serve
+from benchmarks.spread import processor
 from benchmarks.train_step import stepper
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
@@ -23,7 +26,8 @@ from parallel.layout import SINGLE_DEVICE
 
 def trainer(config: ModelConfig, job: Job) -> Take:
     """In bfloat16 as runs are by default: parameters and AdamW's moments stay in float32."""
-    return stepper(config, FULL if job.format == "float32" else Precision(), job.batch, job.length)[0]
+    precision = FULL if job.format == "float32" else Precision()
+    return stepper(config, precision, job.batch, job.length, steps=job.steps)[0]
 
 
 def decoder(config: ModelConfig, job: Job) -> Take:
@@ -51,16 +55,29 @@ def decoder(config: ModelConfig, job: Job) -> Take:
     return turn
 
 
-def begin() -> tuple[About, Take]:
-    job, _ = read(sys.argv[1])
+def begin(job: Job) -> tuple[About, Take]:
+    """
+    Raises:
+        RuntimeError: JAX found another device than the job's.
+    """
+    if jax.default_backend() != job.device:
+        raise RuntimeError(f"--device {job.device}, and JAX here computes on {jax.default_backend()}")
     config = replace(SPEED_158M, **asdict(job.sizes))
     model = nnx.eval_shape(lambda: Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0)))
     about = {
         "software": f"jax {jax.__version__}",
+        "device": jax.devices()[0].device_kind if job.device == "gpu" else processor(),
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))),
     }
     return about, (trainer if job.task == "train" else decoder)(config, job)
 
 
+def most_on_the_gpu() -> int:
+    return int(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+
+
 if __name__ == "__main__":
-    serve(begin)
+    # A rival's process is on the same GPU.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    job, _ = read(sys.argv[1])
+    serve(partial(begin, job), most_on_the_gpu if job.device == "gpu" else resident)

@@ -39,7 +39,8 @@ class Turn:
     """
     seconds: by part of the job.
     loss: nats a token, in training.
-    peak: bytes, the largest resident set of the process so far. It is at least that of the driver, which started it.
+    peak: bytes, the largest that the process has taken so far: of its GPU's memory, or else its resident set, which is
+        at least that of the driver, which started it.
     waited: seconds since its last turn. idle: seconds of CPU time that the process took in these.
     """
 
@@ -50,8 +51,17 @@ class Turn:
     idle: float
 
 
-def serve(begin: Callable[[], tuple[About, Take]]) -> None:
-    """Takes part: makes ready with `begin`, then takes turns until the input ends."""
+def resident() -> int:
+    """Bytes of the process's largest resident set."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def serve(begin: Callable[[], tuple[About, Take]], peak: Callable[[], int] = resident) -> None:
+    """Takes part: makes ready with `begin`, then takes turns until the input ends.
+
+    Args:
+        peak: the most bytes that were taken so far.
+    """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     # What libraries print must not stand among the replies.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -66,8 +76,7 @@ def serve(begin: Callable[[], tuple[About, Take]]) -> None:
         for _ in sys.stdin:
             waited, used = time.perf_counter() - since[0], time.process_time() - since[1]
             seconds, loss = take()
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            reply(asdict(Turn(seconds, loss, peak, waited, used)))
+            reply(asdict(Turn(seconds, loss, peak(), waited, used)))
             since = time.perf_counter(), time.process_time()
     except Exception as error:
         traceback.print_exc()

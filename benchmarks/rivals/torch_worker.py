@@ -2,25 +2,29 @@
 
 import sys
 import time
+from functools import partial
 
 import torch
 import transformers
 
 from benchmarks.rivals.job import Job, Setting, draw_tokens, read
-from benchmarks.rivals.protocol import About, Take, serve
+from benchmarks.rivals.protocol import About, Take, resident, serve
 from benchmarks.rivals.torch_models import build
 from benchmarks.rivals.torch_step import make_step
 
 
 def trainer(model: transformers.PreTrainedModel, job: Job, setting: Setting) -> Take:
     drawn = draw_tokens(job.sizes.vocab_size, job.batch, job.length)
-    tokens_BT, targets_BT = (torch.from_numpy(x).long() for x in drawn)
+    tokens_BT, targets_BT = (torch.from_numpy(x).long().to(model.device) for x in drawn)
     step = make_step(model, 3e-4, autocast=setting.autocast, compiled=setting.compiled)
 
     def take() -> tuple[dict[str, float], float]:
         begin = time.perf_counter()
-        loss = step(tokens_BT, targets_BT)
-        return {"step": time.perf_counter() - begin}, loss
+        for _ in range(job.steps):
+            loss = step(tokens_BT, targets_BT)
+        found = loss.item()
+        wait(model)
+        return {"step": time.perf_counter() - begin}, found
 
     return take
 
@@ -28,9 +32,10 @@ def trainer(model: transformers.PreTrainedModel, job: Job, setting: Setting) -> 
 def decoder(model: transformers.PreTrainedModel, job: Job, setting: Setting) -> Take:
     """A prefill of the prompts, and the likeliest token for each text, one after the other."""
     model.eval()
-    tokens_BT = torch.from_numpy(draw_tokens(job.sizes.vocab_size, job.batch, job.length)[0]).long()
+    tokens_BT = torch.from_numpy(draw_tokens(job.sizes.vocab_size, job.batch, job.length)[0]).long().to(model.device)
     static = transformers.StaticCache(config=model.config, max_cache_len=job.length + job.answer)
-    step = torch.compile(model.forward, dynamic=False) if setting.compiled else model.forward
+    # What transformers' own `generate` compiles a token with: on a GPU the kernels are started as one graph.
+    step = torch.compile(model.forward, dynamic=False, mode="reduce-overhead") if setting.compiled else model.forward
 
     def likeliest(logits_BTV: torch.Tensor) -> torch.Tensor:
         return logits_BTV[:, -1].argmax(-1, keepdim=True)
@@ -43,20 +48,28 @@ def decoder(model: transformers.PreTrainedModel, job: Job, setting: Setting) -> 
         begin = time.perf_counter()
         # The head is for the last position only.
         next_B1 = likeliest(model(tokens_BT, cache=cache, use_cache=True, logits_to_keep=1).logits)
+        wait(model)
         filled = time.perf_counter()
         model.set_experts_implementation(setting.token_experts)
         for _ in range(job.answer):
             next_B1 = likeliest(step(next_B1, cache=cache, use_cache=True).logits)
+        wait(model)
         return {"prefill": filled - begin, "decode": time.perf_counter() - filled}, None
 
     return take
 
 
-def begin() -> tuple[About, Take]:
-    job, setting = read(sys.argv[1])
-    assert setting is not None
+def wait(model: transformers.PreTrainedModel) -> None:
+    """Until all that was begun is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def begin(job: Job, setting: Setting) -> tuple[About, Take]:
     transformers.logging.set_verbosity_error()
-    model = build(job, setting)
+    # As XLA's default has it: products of float32 in TF32, where there is such a thing.
+    torch.set_float32_matmul_precision("high")
+    model = build(job, setting).to("cuda" if job.device == "gpu" else "cpu")
     about = {
         "software": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "threads": torch.get_num_threads(),
@@ -66,4 +79,6 @@ def begin() -> tuple[About, Take]:
 
 
 if __name__ == "__main__":
-    serve(begin)
+    job, setting = read(sys.argv[1])
+    assert setting is not None
+    serve(partial(begin, job, setting), torch.cuda.max_memory_allocated if job.device == "gpu" else resident)

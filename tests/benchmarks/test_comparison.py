@@ -38,7 +38,7 @@ def comparison():
 
 def test_verdict(comparison):
     assert list(verdicts(comparison)) == [
-        "train step, 4 x 25 tokens, float32, step: 2.00 (1.00 to 2.50) x the best rival's tokens/s "
+        "train step, 0.24M, 4 x 25 tokens, float32, step: 2.00 (1.00 to 2.50) x the best rival's tokens/s "
         "(Qwen3Moe, grouped_mm); peak memory 0.50 x"
     ]
 
@@ -80,5 +80,5 @@ def test_picture_has_a_bar_for_each_side(comparison):
 def test_without_rivals_that_is_said():
     job = Job("train", "float32", 4, 25, 0, TINY_SIZES)
     alone = Comparison(job, {}, {}, [], [])
-    assert list(verdicts(alone)) == ["train step, 4 x 25 tokens, float32: no rival could be measured"]
+    assert list(verdicts(alone)) == ["train step, 0.24M, 4 x 25 tokens, float32: no rival could be measured"]
     assert alone.to_json()["rivals"] == []

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ def test_a_process_reads_what_it_is_told():
 
 def test_tokens_of_a_turn_by_part():
     assert TRAIN.tokens == {"step": 2048}
+    assert replace(TRAIN, steps=10).tokens == {"step": 20_480}
     assert DECODE.tokens == {"prefill": 8192, "decode": 256}
 
 

@@ -54,11 +54,21 @@ def test_our_own_failure_ends_the_run():
 
 
 def test_jobs_are_those_asked_for():
-    def names(only: str | None, format: str | None) -> list[str]:
-        return [job.name for job in jobs(Namespace(only=only, format=format, tiny=False))]
+    def names(only: str | None, format: str | None, device: str = "cpu") -> list[str]:
+        return [job.name for job in jobs(Namespace(only=only, format=format, device=device, tiny=False))]
 
-    assert names("train", None) == ["train step, 4 x 512 tokens, float32", "train step, 4 x 512 tokens, bfloat16"]
+    assert names("train", None) == [f"train step, 158M, 4 x 512 tokens, {format}" for format in ("float32", "bfloat16")]
     assert names("decode", "bfloat16") == [
-        "decoding, batch 1, context 1024, bfloat16", "decoding, batch 8, context 1024, bfloat16",
+        f"decoding, 158M, batch {texts}, context 1024, bfloat16" for texts in (1, 8)
     ]  # fmt: skip
     assert len(names(None, None)) == 6
+    assert names("train", "bfloat16", "gpu") == [
+        "train step, 1,926M, 8 x 2048 tokens, bfloat16", "train step, 158M, 32 x 2048 tokens, bfloat16",
+        "train step, 158M, 4 x 512 tokens, bfloat16",
+    ]  # fmt: skip
+
+
+def test_only_the_rivals_asked_for_are_tried():
+    run = FakeRun(lambda setting: "works")
+    run.rival = "Qwen2Moe, grouped"
+    assert [each.name("train") for each in run.compare(JOB).heats] == ["Qwen2Moe, grouped_mm"]
