@@ -1,11 +1,11 @@
 """Training and decoding beside Hugging Face's transformers on PyTorch, in one run.
 
-    python -m benchmarks.peers [--device gpu] [--repeats 5] [--only train|decode] [--format float32|bfloat16] [--compile]
+    python -m benchmarks.peers [--device gpu] [--only train|decode] [--format float32|bfloat16] [--compile]
 
-Both sides compute models of the same sizes on the same tokens, each in a process of its own: the 158M preset's, on a GPU
-larger ones too. They take turns, and the one that waits takes nothing. First each setting of a rival is tried alone;
-its fastest ones are then measured: ratios compare a turn with the turn beside it. Rivals run in the environment that
-`make bench-setup` makes; for a GPU, give both environments a jax and a torch that compute there.
+Both sides compute models of the same sizes on the same tokens, each in a process of its own: the 158M preset's, on a
+GPU larger ones too. They take turns, and the one that waits takes nothing. First each setting of a rival is tried
+alone; its fastest ones are then measured: ratios compare a turn with the turn beside it. Rivals run in the environment
+that `make bench-setup` makes; for a GPU, give both environments a jax and a torch that compute there.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("float32", "bfloat16"), help="one format; both otherwise")
     parser.add_argument("--compile", action="store_true", help="try torch.compile too, which takes minutes")
     parser.add_argument("--rival", default="", metavar="TEXT",
-                        help="try only settings with this in their name, such as 'HunYuanMoEV1, grouped_mm'")  # fmt: skip
+                        help="only settings with this in their name, such as 'HunYuanMoEV1, grouped_mm'")  # fmt: skip
     parser.add_argument("--limit", type=float, default=600, help="seconds a turn may take (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "peers.json", metavar="FILE",
                         help="for all turns, with the picture beside it (default: build/peers.json)")  # fmt: skip
