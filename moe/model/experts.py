@@ -13,7 +13,7 @@ from moe.model.execution import Execution
 from moe.model.parameter import as_kept, matrix, placed, used
 from moe.model.precision import Precision
 from moe.model.products import Products, recorded, split_of, spread
-from moe.ops.grouped_matmul import InStack, grouped_matmul, grouped_matmul_in_stack
+from moe.ops.grouped_matmul import InStack, goes_by_blocks, grouped_matmul, grouped_matmul_in_stack, grouped_swiglu
 from moe.ops.quantize import QuantizedWeight
 from moe.ops.scaled import Recipe, Split, frozen_grouped_matmul, scaled_grouped_matmul
 from moe.ops.swiglu import swiglu
@@ -137,6 +137,11 @@ def apply_experts(
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows. And by product, the stacks that were read.
     """
+    matrices: Any = weights.gate_EDF, weights.up_EDF, weights.down_EFD
+    if recipe is None and _one_loop(rows_RD, weights, execution):
+        with jax.named_scope("experts"):
+            y_RD, stacks = grouped_swiglu(rows_RD, matrices, counts_E, gates_R, backend=execution.grouped_matmul)
+        return y_RD, dict(zip(("gate", "up", "down"), stacks, strict=True)) if isinstance(matrices[0], InStack) else {}
     read: dict[str, InStack] = {}
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
     backend: Any = execution.grouped_matmul
@@ -169,3 +174,10 @@ def apply_experts(
         gate_RF = adapted("gate", rows_RD, weights.gate_EDF, split)
         up_RF = adapted("up", rows_RD, weights.up_EDF, split)
         return adapted("down", swiglu(gate_RF, up_RF, gates_R), weights.down_EFD, down_split), read
+
+
+def _one_loop(rows_RD: jax.Array, weights: ExpertWeights, execution: Execution) -> bool:
+    """Whether all products of the experts are made in one loop: nothing is added to one, or told of it. Of fewer rows
+    than experts each product takes the matrices one by one."""
+    plain = not (weights.histories or weights.adapters or isinstance(weights.gate_EDF, QuantizedWeight))
+    return plain and goes_by_blocks(execution.grouped_matmul) and len(rows_RD) >= weights.gate_EDF.shape[0]

@@ -16,7 +16,7 @@ from moe.model.feed_forward import FeedForward
 from moe.model.precision import Precision
 from moe.model.randomness import Purpose, layer_key
 from moe.model.router import Router, Routing, capacity, limit_capacity, measure_balance
-from moe.ops.grouped_matmul import reads_stacks
+from moe.ops.grouped_matmul import goes_by_blocks
 from parallel.exchange import Exchange, Traffic, make_exchange, node_size
 from parallel.layout import Layout
 
@@ -65,7 +65,7 @@ class MoELayer(nnx.Module):
         """Whether the experts' matrices may be left in the stack of all layers: they are then multiplied once."""
         execution = self.execution
         once = execution.exchange_chunks == 1
-        return once and reads_stacks(execution.grouped_matmul) and self.experts.reads_stacks(layout)
+        return once and goes_by_blocks(execution.grouped_matmul) and self.experts.reads_stacks(layout)
 
     def adapt(self, config: LoraConfig, precision: Precision, *, rngs: nnx.Rngs) -> None:
         """Sets adapters beside the experts' weights."""

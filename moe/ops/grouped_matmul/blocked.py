@@ -1,12 +1,9 @@
 """The grouped product for CPU: a loop over groups, and in it one over blocks of the group's own rows.
 
-Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are: a group's last block has
-the least of a few heights that holds what is left. Fewer rows than groups, as when a few texts are continued by a token
-each, take their matrices one by one instead: a loop over groups would move all of them, and one product of all rows
-would have as many matrices in memory at once.
+Fewer rows than groups, as when a few texts are continued by a token each, take their matrices one by one instead: a
+loop over groups would move all of them, and one product of all rows would have as many matrices in memory at once.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
+from moe.ops.grouped_matmul.blocks import belong, matrices, multiply, over_blocks, put, summed_in, take, tallest_blocks
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import is_transposed_first, transposed, wide_einsum
-
-HEIGHTS = (32, 64, 96, 128, 192, 256)
-"""Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
 
 
 @jax.custom_vjp
@@ -61,51 +56,6 @@ def _backward_in_stack(saved, gradients):
 
 blocked_matmul_in_stack.defvjp(_forward_in_stack, _backward_in_stack)
 
-Block = Callable[[int, jax.Array, Any], Any]
-"""Takes a block's height, the first of the group's rows in it and what was made so far, and makes more of that."""
-
-
-def _tallest_blocks(num_rows: int, size: jax.Array) -> tuple[int, jax.Array]:
-    """The tallest block's height, and how many such a group has behind its first block, which has the rest."""
-    tallest = min(HEIGHTS[-1], num_rows)
-    return tallest, jnp.maximum(size - 1, 0) // tallest
-
-
-def _over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, made: Any) -> Any:
-    """What `block` makes of the rows [start, start + size), `made` to begin with."""
-    heights = sorted({min(height, num_rows) for height in HEIGHTS})
-    tallest, full = _tallest_blocks(num_rows, size)
-    rest = size - full * tallest
-    # Loops of one turn or none, for a conditional would copy what was made so far.
-    for least, height in zip((0, *heights), heights, strict=False):
-        times = ((rest > least) & (rest <= height)).astype(jnp.int32) + (full if height == tallest else 0)
-        made = jax.lax.fori_loop(0, times, lambda i, made, h=height, first=start: block(h, first + i * h, made), made)
-        start += times * height
-    return made
-
-
-def _take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
-    """The rows from `row` on, or the last ones, and the first's number."""
-    first = jnp.minimum(row, x_RD.shape[axis] - height)
-    return from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), first, height, axis), x_RD.dtype), first
-
-
-def _multiply(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: DTypeLike) -> jax.Array:
-    dims = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=_summed_in(dtype)).astype(dtype)
-
-
-def _summed_in(dtype: DTypeLike) -> DTypeLike:
-    """At least float32 for floats, for which see moe/ops/matmul.py."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
-def _matrices(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Those of the groups e."""
-    if isinstance(w_EDF, InStack):
-        return w_EDF.matrices(e, dtype)
-    return from_bits(as_bits(w_EDF)[e], w_EDF.dtype)
-
 
 def rows_product(
     x_RD: jax.Array, w_EDF: jax.Array | InStack, sizes_E: jax.Array, contract_w: int, dtype: DTypeLike
@@ -116,17 +66,14 @@ def rows_product(
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def group(e, y_RF):
-        w_DF, end = _matrices(w_EDF, e, x_RD.dtype), ends_E[e]
+        w_DF, end = matrices(w_EDF, e, x_RD.dtype), ends_E[e]
 
         def block(height, row, y_RF):
-            x_bD, first = _take(x_RD, height, row)
-            y_bF = as_bits(_multiply(x_bD, w_DF, 1, contract_w, dtype))
-            before_bF = jax.lax.dynamic_slice_in_dim(y_RF, first, height)
-            rows = first + jnp.arange(height, dtype=jnp.int32)
-            mine_b1 = ((rows >= row) & (rows < end))[:, None]
-            return jax.lax.dynamic_update_slice_in_dim(y_RF, jnp.where(mine_b1, y_bF, before_bF), first, 0)
+            x_bD, first = take(x_RD, height, row)
+            y_bF = multiply(x_bD, w_DF, 1, contract_w, dtype)
+            return put(y_RF, first, y_bF, belong(first, height, row, end))
 
-        return _over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, y_RF)
+        return over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, y_RF)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
     return from_bits(jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF), dtype)
@@ -140,7 +87,7 @@ def _few_rows_product(
 
     def row(r, y_RF):
         x_1D = from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), r, 1), x_RD.dtype)
-        y_1F = wide_einsum(spec, x_1D, _matrices(w_EDF, (ends_E <= r).sum(), x_RD.dtype))
+        y_1F = wide_einsum(spec, x_1D, matrices(w_EDF, (ends_E <= r).sum(), x_RD.dtype))
         return jax.lax.dynamic_update_slice_in_dim(y_RF, as_bits(y_1F.astype(dtype)), r, 0)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
@@ -149,7 +96,7 @@ def _few_rows_product(
 
 def weights_product(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dtype` [E, D, F]: the product of each group's rows of x, transposed, and of dy; summed in `dtype` or float32."""
-    zeros_LEDF = jnp.zeros((1, len(sizes_E), x_RD.shape[1], dy_RF.shape[1]), _summed_in(dtype))
+    zeros_LEDF = jnp.zeros((1, len(sizes_E), x_RD.shape[1], dy_RF.shape[1]), summed_in(dtype))
     return _with_weights_product(zeros_LEDF, jnp.int32(0), x_RD, dy_RF, sizes_E)[0].astype(dtype)
 
 
@@ -161,16 +108,15 @@ def _with_weights_product(
     x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
     def product(height: int, row: jax.Array, end: jax.Array) -> jax.Array:
-        x_block, first = _take(x, height, row, rows_axis)
-        dy_bF, _ = _take(dy_RF, height, row)
-        rows = first + jnp.arange(height, dtype=jnp.int32)
-        mine_b = (rows >= row) & (rows < end)
+        x_block, first = take(x, height, row, rows_axis)
+        dy_bF, _ = take(dy_RF, height, row)
+        mine_b = belong(first, height, row, end)
         x_block = jnp.where(jnp.expand_dims(mine_b, 1 - rows_axis), x_block, 0)
-        return _multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)
+        return multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)
 
     def group(e, dw_LEDF):
         end, place = ends_E[e], (layer, e, 0, 0)
-        tallest, full = _tallest_blocks(num_rows, sizes_E[e])
+        tallest, full = tallest_blocks(num_rows, sizes_E[e])
         full_from = end - full * tallest
 
         def write(height, row, dw_LEDF):
@@ -185,7 +131,7 @@ def _with_weights_product(
             return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], place)
 
         # Most groups have fewer rows than the tallest block: their product is written once, and added to nothing.
-        dw_LEDF = _over_blocks(num_rows, end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
+        dw_LEDF = over_blocks(num_rows, end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
         if num_rows == tallest:
             return dw_LEDF
         return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, dw_LEDF)

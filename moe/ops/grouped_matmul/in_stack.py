@@ -37,3 +37,8 @@ class InStack(NamedTuple):
         """Those of the groups e, i32 of any shape."""
         found = jax.tree.map(lambda x: from_bits(as_bits(x)[self.layer, e], jnp.bfloat16), self.stack_LEDF)
         return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
+
+
+def alone(w_EDF: jax.Array) -> InStack:
+    """Matrices of which there is no stack but their own."""
+    return InStack(jax.lax.stop_gradient(w_EDF)[None], jnp.int32(0), w_EDF.astype(jnp.float32)[None])

@@ -1,0 +1,76 @@
+"""Blocks of a group's rows, on CPU: how high they are, how a loop goes over them, and what is multiplied in one.
+
+Trip counts follow `sizes_E`, so the work is that of the rows that exist, whatever R and E are: a group's first block
+has the least of a few heights that holds what the tallest ones leave.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moe.ops.bits import as_bits, from_bits
+from moe.ops.grouped_matmul.in_stack import InStack
+
+HEIGHTS = (32, 64, 96, 128, 192, 256)
+"""Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
+
+Block = Callable[[int, jax.Array, Any], Any]
+"""Takes a block's height, the first of the group's rows in it and what was made so far, and makes more of that."""
+
+
+def tallest_blocks(num_rows: int, size: jax.Array) -> tuple[int, jax.Array]:
+    """The tallest block's height, and how many such a group has behind its first block, which has the rest."""
+    tallest = min(HEIGHTS[-1], num_rows)
+    return tallest, jnp.maximum(size - 1, 0) // tallest
+
+
+def over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, made: Any) -> Any:
+    """What `block` makes of the rows [start, start + size), `made` to begin with."""
+    heights = sorted({min(height, num_rows) for height in HEIGHTS})
+    tallest, full = tallest_blocks(num_rows, size)
+    rest = size - full * tallest
+    # Loops of one turn or none, for a conditional would copy what was made so far.
+    for least, height in zip((0, *heights), heights, strict=False):
+        times = ((rest > least) & (rest <= height)).astype(jnp.int32) + (full if height == tallest else 0)
+        made = jax.lax.fori_loop(0, times, lambda i, made, h=height, first=start: block(h, first + i * h, made), made)
+        start += times * height
+    return made
+
+
+def take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The rows from `row` on, or the last ones, and the first's number."""
+    first = jnp.minimum(row, x_RD.shape[axis] - height)
+    return from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), first, height, axis), x_RD.dtype), first
+
+
+def belong(first: jax.Array, height: int, row: jax.Array, end: jax.Array) -> jax.Array:
+    """bool_b, which rows of the block that was taken from `first` on are those of [row, end)."""
+    rows_b = first + jnp.arange(height, dtype=jnp.int32)
+    return (rows_b >= row) & (rows_b < end)
+
+
+def put(all_RF: jax.Array, first: jax.Array, block_bF: jax.Array, mine_b: jax.Array) -> jax.Array:
+    """all_RF, of bits, with those rows of the block that are `mine_b`."""
+    before_bF = jax.lax.dynamic_slice_in_dim(all_RF, first, len(mine_b))
+    kept_bF = jnp.where(mine_b[:, None], as_bits(block_bF), before_bF)
+    return jax.lax.dynamic_update_slice_in_dim(all_RF, kept_bF, first, 0)
+
+
+def multiply(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: DTypeLike) -> jax.Array:
+    dims = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=summed_in(dtype)).astype(dtype)
+
+
+def summed_in(dtype: DTypeLike) -> DTypeLike:
+    """At least float32 for floats, for which see moe/ops/matmul.py."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def matrices(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Those of the groups e."""
+    if isinstance(w_EDF, InStack):
+        return w_EDF.matrices(e, dtype)
+    return from_bits(as_bits(w_EDF)[e], w_EDF.dtype)
