@@ -12,27 +12,13 @@ from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.blocks import belong, matrices, multiply, over_blocks, put, summed_in, take, tallest_blocks
-from moe.ops.grouped_matmul.in_stack import InStack
+from moe.ops.grouped_matmul.in_stack import InStack, alone
 from moe.ops.matmul import is_transposed_first, transposed, wide_einsum
 
 
-@jax.custom_vjp
 def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """See `moe.ops.grouped_matmul.grouped_matmul`."""
-    return rows_product(x_RD, w_EDF, sizes_E, 0, x_RD.dtype)
-
-
-def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
-    return blocked_matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
-
-
-def _backward(saved, dy_RF: jax.Array):
-    x_RD, w_EDF, sizes_E = saved
-    dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
-    return dx_RD, weights_product(x_RD, dy_RF, sizes_E, x_RD.dtype), None
-
-
-blocked_matmul.defvjp(_forward, _backward)
+    return blocked_matmul_in_stack(x_RD, alone(w_EDF), sizes_E)[0]
 
 
 @jax.custom_vjp
@@ -41,11 +27,11 @@ def blocked_matmul_in_stack(x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array)
     return rows_product(x_RD, w_EDF, sizes_E, 0, x_RD.dtype), w_EDF.landing_LEDF
 
 
-def _forward_in_stack(x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array):
+def _forward(x_RD: jax.Array, w_EDF: InStack, sizes_E: jax.Array):
     return blocked_matmul_in_stack(x_RD, w_EDF, sizes_E), (x_RD, w_EDF._replace(landing_LEDF=None), sizes_E)
 
 
-def _backward_in_stack(saved, gradients):
+def _backward(saved, gradients):
     (x_RD, w_EDF, sizes_E), (dy_RF, dw_LEDF) = saved, gradients
     dx_RD = rows_product(dy_RF, w_EDF, sizes_E, 1, dy_RF.dtype)
     if dw_LEDF is not None:
@@ -54,7 +40,7 @@ def _backward_in_stack(saved, gradients):
     return dx_RD, InStack(nothing, nothing, dw_LEDF), None
 
 
-blocked_matmul_in_stack.defvjp(_forward_in_stack, _backward_in_stack)
+blocked_matmul_in_stack.defvjp(_forward, _backward)
 
 
 def rows_product(

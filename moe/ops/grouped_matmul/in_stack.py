@@ -41,4 +41,6 @@ class InStack(NamedTuple):
 
 def alone(w_EDF: jax.Array) -> InStack:
     """Matrices of which there is no stack but their own."""
-    return InStack(jax.lax.stop_gradient(w_EDF)[None], jnp.int32(0), w_EDF.astype(jnp.float32)[None])
+    # A reshape: what only moves numbers no checkpoint keeps (moe/model/remat.py).
+    stack_1EDF = w_EDF.reshape(1, *w_EDF.shape)
+    return InStack(stack_1EDF, jnp.int32(0), stack_1EDF.astype(jnp.float32))

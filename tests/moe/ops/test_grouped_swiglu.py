@@ -149,19 +149,27 @@ def test_frozen_matrices_pass_a_gradient_on():
     assert_trees_equal_to_scale((y_RD, pull(dy_RD)[0]), (expected[0], expected[1][0]))
 
 
-@pytest.mark.parametrize(("policy", "products"), [("none", 9), ("full", 12)])
-def test_a_checkpoint_keeps_what_it_is_told_to(policy, products):
+@pytest.mark.parametrize(
+    ("policy", "products", "kept"), [("none", 9, ["[8,16]", "[8,48]", "[8,48]", "[8]"]), ("full", 12, ["[8]"])]
+)
+def test_a_checkpoint_keeps_what_it_is_told_to(policy, products, kept, capsys):
     x_RD, matrices, gates_R, _ = arrays(8, 2)
     sizes_E = jnp.array([3, 5], jnp.int32)
 
     def layer(x_RD, matrices):
         return jnp.sin(grouped_swiglu(x_RD, matrices, sizes_E, gates_R, backend="blocked")[0]), None
 
-    def loss(x_RD, matrices):
-        return rematerialise(layer, policy, turns=4)(x_RD, matrices)[0].sum()
+    layer = rematerialise(layer, policy, turns=4)
 
-    # With eight rows there is one height of a block. Three products forward, and two for each of them backward.
+    def loss(x_RD, matrices):
+        return layer(x_RD, matrices)[0].sum()
+
+    # With eight rows there is one height of a block. Three products forward, and two for each of them backward. No
+    # matrix is kept but as an argument, and the gates are a constant.
     assert str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_RD, matrices)).count("dot_general") == products
+    jax.ad_checkpoint.print_saved_residuals(loss, x_RD, matrices)
+    found = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    assert sorted(line for line in found if line.startswith("f32[")) == [f"f32{shape}" for shape in kept]
 
 
 @pytest.mark.parametrize(
