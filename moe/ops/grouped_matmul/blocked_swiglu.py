@@ -52,22 +52,33 @@ def blocked_swiglu(
     return y_RD, network.landings
 
 
-def _forward(x_RD: jax.Array, network: Network, sizes_E: jax.Array, gates_R: jax.Array | None):
+def _forward(*given: Any):
+    """Of `CustomVJPPrimal`: each tells whether a gradient of it is asked for."""
+    x_RD, network, sizes_E, gates_R = jax.tree.map(lambda primal: primal.value, given)
     made = _through(_Rows(x_RD, gates_R), network, sizes_E, keeps_products=True)
     # Of a loop's results JAX's checkpoints keep none, whatever their policy says; of these operations they do.
     y_RD, *products = (checkpoint_name(x, "experts") for x in made)
+    landings: list[Any] = given[1].landings
+    trained = [() if landing is not None and landing.perturbed else None for landing in landings]
     kept = Network(*(w._replace(landing_LEDF=None) for w in network))
-    return (y_RD, network.landings), (_Rows(x_RD, gates_R, *products), kept, sizes_E)
+    return (y_RD, network.landings), (_Rows(x_RD, gates_R, *products), kept, sizes_E, trained)
 
 
 def _backward(saved, gradients):
-    (rows, network, sizes_E), (dy_RD, dw_LEDF) = saved, gradients
+    (rows, network, sizes_E, trained), (dy_RD, landings) = saved, jax.tree.map(_filled, gradients)
+    # One loop makes all gradients, of which XLA would drop none that nobody asked for.
+    dw_LEDF = [None if w is None else dw for w, dw in zip(trained, landings, strict=True)]
     dx_RD, dgates_R, dw_LEDF = _back(rows, network, sizes_E, dy_RD, dw_LEDF)
     nothing: Any = None
     return dx_RD, Network(*(InStack(nothing, nothing, dw) for dw in dw_LEDF)), None, dgates_R
 
 
-blocked_swiglu.defvjp(_forward, _backward)
+blocked_swiglu.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _filled(gradient: Any) -> jax.Array:
+    zero = isinstance(gradient, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(gradient.shape, gradient.dtype) if zero else gradient
 
 
 def _with_rows(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,10 +130,10 @@ def _back(
         def block(height, row, end, dx_RD, dgates_R):
             first = take(dy_RD, height, row)[1]
             mine_b = belong(first, height, row, end)
-            dx_bD, dgates_b, dw_DF = _block_back(rows, dy_RD, w_DF, height, row, mine_b)
+            dx_bD, dgates_b, factors = _block_back(rows, dy_RD, w_DF, height, row, mine_b)
             if dgates_b is not None:
                 dgates_R = put(dgates_R[:, None], first, dgates_b[:, None], mine_b)[:, 0]
-            return put(dx_RD, first, dx_bD, mine_b), dgates_R, [dw_DF[n] for n in trained]
+            return put(dx_RD, first, dx_bD, mine_b), dgates_R, [_outer(*factors[n]) for n in trained]
 
         def write(height, row, made):
             *made, dw_LEDF = made
@@ -155,8 +166,9 @@ def _back(
 
 def _block_back(
     rows: _Rows, dy_RD: jax.Array, w_DF: list[jax.Array], height: int, row: jax.Array, mine_b: jax.Array
-) -> tuple[jax.Array, jax.Array | None, list[jax.Array]]:
-    """Of one block's rows, those that are `mine_b`: dx_bD, dgates_b, and f32 the gradients of its group's matrices."""
+) -> tuple[jax.Array, jax.Array | None, list[tuple[jax.Array, jax.Array]]]:
+    """Of one block's rows, those that are `mine_b`: dx_bD, dgates_b, and for each of its group's matrices what the
+    gradient is `_outer` of."""
 
     def own(x: jax.Array) -> jax.Array:
         x_b, _ = take(x, height, row)
@@ -167,8 +179,7 @@ def _block_back(
     hidden_bF, pull = jax.vjp(swiglu, gate_bF, up_bF, gates_b)
     dgate_bF, dup_bF, dgates_b = pull(multiply(dy_bD, w_down_FD, 1, 1, dy_bD.dtype))
     dx_bD = multiply(dgate_bF, w_gate_DF, 1, 1, jnp.float32) + multiply(dup_bF, w_up_DF, 1, 1, jnp.float32)
-    dw_DF = [_outer(x_bD, dgate_bF), _outer(x_bD, dup_bF), _outer(hidden_bF, dy_bD)]
-    return dx_bD.astype(dy_RD.dtype), dgates_b, dw_DF
+    return dx_bD.astype(dy_RD.dtype), dgates_b, [(x_bD, dgate_bF), (x_bD, dup_bF), (hidden_bF, dy_bD)]
 
 
 def _outer(x_bD: jax.Array, dy_bF: jax.Array) -> jax.Array:

@@ -149,6 +149,16 @@ def test_frozen_matrices_pass_a_gradient_on():
     assert_trees_equal_to_scale((y_RD, pull(dy_RD)[0]), (expected[0], expected[1][0]))
 
 
+def test_a_gradient_nobody_asks_for_is_not_made():
+    x_RD, matrices, gates_R, _ = arrays(8, 2)
+
+    def loss(x_RD):
+        return grouped_swiglu(x_RD, matrices, jnp.array([3, 5], jnp.int32), gates_R, backend="blocked")[0].sum()
+
+    # Three products forward and three back, none for the matrices.
+    assert str(jax.make_jaxpr(jax.grad(loss))(x_RD)).count("dot_general") == 6
+
+
 @pytest.mark.parametrize(
     ("policy", "products", "kept"), [("none", 9, ["[8,16]", "[8,48]", "[8,48]", "[8]"]), ("full", 12, ["[8]"])]
 )
