@@ -85,8 +85,7 @@ def oracle(x_RD, matrices, sizes, gates_R, dy_RD):
     ids=str,
 )  # fmt: skip
 def test_values_and_gradients(way, sizes):
-    given_ = arrays(max(407, sum(sizes)), 4)
-    x_RD, matrices, gates_R, dy_RD = given_
+    x_RD, matrices, gates_R, dy_RD = arrays(max(407, sum(sizes)), 4)
     found = both(way, x_RD, matrices, sizes, gates_R, dy_RD)
     assert_trees_equal_to_scale(found, oracle(x_RD, matrices, sizes, gates_R, dy_RD))
 
