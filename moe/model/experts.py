@@ -137,11 +137,12 @@ def apply_experts(
     Returns:
         y_RD, of the rows' dtype; zeros after the last expert's rows. And by product, the stacks that were read.
     """
-    matrices: Any = weights.gate_EDF, weights.up_EDF, weights.down_EFD
     if recipe is None and _one_loop(rows_RD, weights, execution):
+        matrices: Any = weights.gate_EDF, weights.up_EDF, weights.down_EFD
         with jax.named_scope("experts"):
             y_RD, stacks = grouped_swiglu(rows_RD, matrices, counts_E, gates_R, backend=execution.grouped_matmul)
-        return y_RD, dict(zip(("gate", "up", "down"), stacks, strict=True)) if isinstance(matrices[0], InStack) else {}
+        by_product = dict(zip(("gate", "up", "down"), stacks, strict=True))
+        return y_RD, by_product if isinstance(weights.gate_EDF, InStack) else {}
     read: dict[str, InStack] = {}
     owned_R1 = (jnp.arange(len(rows_RD)) < counts_E.sum())[:, None]
     backend: Any = execution.grouped_matmul
