@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.ops.bits import as_bits, from_bits
-from moe.ops.grouped_matmul.blocks import belong, matrices, multiply, over_blocks, put, take, tallest_blocks
+from moe.ops.grouped_matmul.blocks import belong, multiply, over_blocks, put, take, tallest_blocks
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import is_transposed_first, transposed
 from moe.ops.swiglu import swiglu
@@ -27,7 +27,7 @@ class Network(NamedTuple):
 
     def of_group(self, e: jax.Array, dtype: Any) -> list[jax.Array]:
         """w_gate_DF, w_up_DF and w_down_FD."""
-        return [matrices(w, e, dtype) for w in self]
+        return [w.matrices(e, dtype) for w in self]
 
     @property
     def landings(self) -> list[jax.Array | None]:
@@ -35,12 +35,12 @@ class Network(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What is known of all rows. gate_RF and up_RF: products before the activation, in the backward pass."""
+    """What the backward pass is saved. gate_RF and up_RF: products before the activation."""
 
     x_RD: jax.Array
     gates_R: jax.Array | None
-    gate_RF: jax.Array | None = None
-    up_RF: jax.Array | None = None
+    gate_RF: jax.Array
+    up_RF: jax.Array
 
 
 @jax.custom_vjp
@@ -48,20 +48,20 @@ def blocked_swiglu(
     x_RD: jax.Array, network: Network, sizes_E: jax.Array, gates_R: jax.Array | None
 ) -> tuple[jax.Array, list[jax.Array | None]]:
     """See `moe.ops.grouped_matmul.grouped_swiglu`. Returns y_RD, and the stacks' landings for what comes after."""
-    (y_RD,) = _through(_Rows(x_RD, gates_R), network, sizes_E, keeps_products=False)
+    (y_RD,) = _through(x_RD, gates_R, network, sizes_E, keeps_products=False)
     return y_RD, network.landings
 
 
 def _forward(*given: Any):
     """Of `CustomVJPPrimal`: each tells whether a gradient of it is asked for."""
     x_RD, network, sizes_E, gates_R = jax.tree.map(lambda primal: primal.value, given)
-    made = _through(_Rows(x_RD, gates_R), network, sizes_E, keeps_products=True)
+    made = _through(x_RD, gates_R, network, sizes_E, keeps_products=True)
     # Of a loop's results JAX's checkpoints keep none, whatever their policy says; of these operations they do.
-    y_RD, *products = (checkpoint_name(x, "experts") for x in made)
+    y_RD, gate_RF, up_RF = (checkpoint_name(x, "experts") for x in made)
     landings: list[Any] = given[1].landings
     trained = [() if landing is not None and landing.perturbed else None for landing in landings]
     kept = Network(*(w._replace(landing_LEDF=None) for w in network))
-    return (y_RD, network.landings), (_Rows(x_RD, gates_R, *products), kept, sizes_E, trained)
+    return (y_RD, network.landings), (_Rows(x_RD, gates_R, gate_RF, up_RF), kept, sizes_E, trained)
 
 
 def _backward(saved, gradients):
@@ -87,9 +87,10 @@ def _with_rows(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.argsort(sizes_E == 0, stable=True).astype(jnp.int32), (sizes_E > 0).sum(dtype=jnp.int32)
 
 
-def _through(rows: _Rows, network: Network, sizes_E: jax.Array, *, keeps_products: bool) -> list[jax.Array]:
+def _through(
+    x_RD: jax.Array, gates_R: jax.Array | None, network: Network, sizes_E: jax.Array, *, keeps_products: bool
+) -> list[jax.Array]:
     """y_RD; and with `keeps_products` gate_RF and up_RF."""
-    x_RD, gates_R = rows.x_RD, rows.gates_R
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
     order_E, num_groups = _with_rows(sizes_E)
 
