@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from moe import HunyuanMoE
 from moe.model.cache import empty_cache
 from moe.model.folder import copy_tokenizer
 from moe.model.hf.convert import export_trained
-from moe.serve.engine import Engine
+from moe.serve.engine import Engine, Served
 from moe.serve.quantize import report, write
 from moe.serve.sampling import Sampling
 from moe.train.data import Batch, Data, DataConfig, open_data
@@ -118,9 +117,9 @@ def held_out(data: Data, batches: int) -> list[Batch]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _judged(graph: Any, params: Any, balance: Any, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
+def _judged(served: Served, params: Any, balance: Any, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
     """The summed loss of a batch, nats, and the experts that each MoE layer chose."""
-    model = nnx.merge(graph, params, balance)
+    model = served.model(params, balance)
     precision, (B, T) = model.precision, batch.tokens_BT.shape
     cache = empty_cache(model.config, B, T, precision.compute_dtype, format=precision.cache, unrolled=model.unrolled)
     hidden_BTD, chosen = watched(model, batch, cache)
@@ -129,8 +128,8 @@ def _judged(graph: Any, params: Any, balance: Any, batch: Batch) -> tuple[jax.Ar
 
 def judged(model: HunyuanMoE, batches: list[Batch]) -> tuple[float, list[list[jax.Array]]]:
     """Mean loss over all batches, and the choices in each."""
-    weights, graph = model.weights, model.weights.graph()
-    results = [_judged(graph, weights.params, weights.balance, batch) for batch in batches]
+    weights = model.weights
+    results = [_judged(weights.served, weights.params, weights.balance, batch) for batch in batches]
     predicted = sum(float(batch.weights_BT.sum()) for batch in batches)
     return sum(float(loss) for loss, _ in results) / predicted, [chosen for _, chosen in results]
 

@@ -77,7 +77,7 @@ def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
 
     settings = jax.tree.map(lambda x: numbers(*x.shape, dtype=x.dtype), settings)
     rows = numbers(job.batch_size)
-    given = (weights.graph(), layout, weights.params, weights.balance, cache)
+    given = (weights.served, weights.params, weights.balance, cache)
     if job.kind == "prefill":
         return prefill.lower(*given, numbers(job.batch_size, job.sequence_length), rows, rows, settings)
     return decode.lower(*given, rows, rows, numbers(job.batch_size, dtype=bool), settings)

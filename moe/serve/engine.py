@@ -28,6 +28,22 @@ SHORTEST_BUCKET = 16
 """Prompts are padded to a power of two of at least so many tokens, so that few shapes are compiled."""
 
 
+@dataclass(frozen=True)
+class Served:
+    """The model as it serves, without its arrays: what programs are compiled for. They are told this and not the graph
+    that NNX makes of a model: the hash of one, taken at every call, takes a millisecond."""
+
+    config: ModelConfig
+    precision: Precision
+    execution: Execution
+    unrolled: bool
+    layout: Layout
+
+    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
+        abstract = _abstract(self.config, self.precision, self.execution, self.unrolled)
+        return nnx.merge(nnx.graphdef(abstract), params, balance)
+
+
 class Weights(NamedTuple):
     """Everything that computes: parameters and selection biases as nested dicts, on `layout`. Of `execution` only the
     backends matter. Unrolled where the parameters are an unrolled model's (moe/model/transformer.py)."""
@@ -40,9 +56,9 @@ class Weights(NamedTuple):
     execution: Execution = Execution()
     unrolled: bool = False
 
-    def graph(self) -> nnx.GraphDef:
-        """Of the model as it serves."""
-        return nnx.graphdef(_abstract(self.config.dropless, self.precision.wide, self.execution, self.unrolled))
+    @property
+    def served(self) -> Served:
+        return Served(self.config.dropless, self.precision.wide, self.execution, self.unrolled, self.layout)
 
     def narrow(self) -> None:
         """Has the layers' matrices in the compute format from now on, one array after the other, where they are stored
@@ -122,7 +138,7 @@ class Engine:
         self.num_slots = -(-slots // shards) * shards
         self.max_length = max_length
         self._slots: dict[int, _Slot] = {}
-        self._graph = weights.graph()
+        self._served = weights.served
         precision = weights.precision
         make = partial(
             empty_cache, weights.config, self.num_slots, max_length, precision.compute_dtype, weights.layout,
@@ -181,7 +197,7 @@ class Engine:
             samplings[row] = sampling
         settings = sampling_rows(samplings, [0] * num_rows)
         first_B, self._cache = prefill(
-            self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
+            self._served, self.weights.params, self.weights.balance, self._cache,
             tokens_BT, lengths_B, places_B, settings,
         )  # fmt: skip
         found = list(zip(slots, np.asarray(first_B)[rows].tolist(), strict=True))
@@ -215,7 +231,7 @@ class Engine:
         active_B = np.array([slot in self._slots for slot in range(self.num_slots)])
         settings = sampling_rows([row.sampling for row in rows], [row.generated for row in rows])
         next_B, self._cache = decode(
-            self._graph, self.weights.layout, self.weights.params, self.weights.balance, self._cache,
+            self._served, self.weights.params, self.weights.balance, self._cache,
             np.array([row.last for row in rows], np.int32), np.array([row.length for row in rows], np.int32),
             active_B, settings,
         )  # fmt: skip
@@ -232,10 +248,9 @@ class Engine:
         self._slots.pop(slot, None)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(
-    graph: nnx.GraphDef,
-    layout: Layout,
+    served: Served,
     params: dict[str, Any],
     balance: dict[str, Any],
     cache: KVCache,
@@ -246,7 +261,7 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """The first token of each row, and the cache with row b's keys and values in slot places_B[b], which must be on
     the device that computes row b; a row of padding has a place beyond the last slot."""
-    model = nnx.merge(graph, params, balance)
+    model, layout = served.model(params, balance), served.layout
     B, T = tokens_BT.shape
     dtype = model.precision.compute_dtype
     own = empty_cache(model.config, B, T, dtype, layout, model.precision.cache, model.unrolled)
@@ -274,10 +289,9 @@ def _written(cache: KVCache, new: KVCache, places_B: jax.Array, layout: Layout) 
     return layout.shard_map(write, (where, where, layout.activation_spec("B")), where)(cache, new, places_B)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode(
-    graph: nnx.GraphDef,
-    layout: Layout,
+    served: Served,
     params: dict[str, Any],
     balance: dict[str, Any],
     cache: KVCache,
@@ -287,7 +301,7 @@ def decode(
     settings: SamplingRows,
 ) -> tuple[jax.Array, KVCache]:
     """The token after `tokens_B`, and the cache with these in it."""
-    model = nnx.merge(graph, params, balance)
+    model, layout = served.model(params, balance), served.layout
     output = model(
         tokens_B[:, None], lengths_B[:, None], active_B[:, None].astype(jnp.int32), cache=cache, layout=layout
     )

@@ -2,21 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from moe.model.config import ConfigError
 from moe.model.precision import Format, Precision
 from moe.ops.quantize import Quantized
 from moe.serve.chat import chat_tokens
-from moe.serve.engine import Engine, Weights
+from moe.serve.engine import Engine, Served, Weights
 from moe.serve.sampling import Sampling
 from moe.serve.text_stream import TextStream
 from moe.serve.vocabulary import Vocabulary, open_vocabulary
@@ -136,9 +135,7 @@ class HunyuanMoE:
         padded_BT = np.pad(tokens_BT, ((0, -batch % self.weights.layout.batch_shards), (0, 0)))
         valid_BT = np.zeros(padded_BT.shape, np.int32)
         valid_BT[:batch] = 1
-        logits_BTV = _logits(
-            self._graph, self.weights.layout, self.weights.params, self.weights.balance, padded_BT, valid_BT
-        )
+        logits_BTV = _logits(self.weights.served, self.weights.params, self.weights.balance, padded_BT, valid_BT)
         return logits_BTV[:batch]
 
     def generate(self, prompts: str | Sequence[Any], **sampling: Any) -> Any:
@@ -226,19 +223,14 @@ class HunyuanMoE:
         length = min(-(-needed // 128) * 128, self.max_length)
         return Engine(self.weights, slots=len(prompts), max_length=length)
 
-    @cached_property
-    def _graph(self) -> nnx.GraphDef:
-        return self.weights.graph()
 
-
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _logits(
-    graph: nnx.GraphDef,
-    layout: Layout,
+    served: Served,
     params: dict[str, Any],
     balance: dict[str, Any],
     tokens_BT: jax.Array,
     valid_BT: jax.Array,
 ) -> jax.Array:
-    model = nnx.merge(graph, params, balance)
+    model, layout = served.model(params, balance), served.layout
     return model.logits(model(tokens_BT, None, valid_BT, layout=layout).hidden_BTD, layout)

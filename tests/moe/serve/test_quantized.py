@@ -5,7 +5,6 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe import HunyuanMoE
 from moe.model.config import ConfigError
@@ -106,7 +105,7 @@ def test_prompts_are_multiplied_in_8_bits_and_single_tokens_are_not(checkpoint, 
 
     def quantized_rows(*shape):
         weights = model.weights
-        forward = jax.make_jaxpr(lambda params, tokens: nnx.merge(weights.graph(), params, weights.balance)(tokens))
+        forward = jax.make_jaxpr(lambda params, tokens: weights.served.model(params, weights.balance)(tokens))
         program = str(forward(weights.params, np.zeros(shape, np.int32)))
         return len(re.findall(rf":{dtype}\[[\d,]+\] = convert_element_type", program))
 
