@@ -34,8 +34,8 @@ def sort_rows(buckets_AK: jax.Array, num_buckets: int, most: int | None = None) 
     buckets_R = buckets_AK.reshape(-1)
     choice_R = jnp.argsort(buckets_R, stable=True).astype(jnp.int32)
     row_AK = inverse_places(choice_R, buckets_R.size).reshape(buckets_AK.shape)
-    ends_E = jnp.searchsorted(buckets_R[choice_R], jnp.arange(num_buckets), side="right").astype(jnp.int32)
-    return RowOrder(choice_R[:most] // num_choices, row_AK, jnp.diff(ends_E, prepend=0))
+    ends_E = jnp.searchsorted(buckets_R[choice_R], jnp.arange(num_buckets), side="right", method="scan_unrolled")
+    return RowOrder(choice_R[:most] // num_choices, row_AK, jnp.diff(ends_E.astype(jnp.int32), prepend=0))
 
 
 @jax.custom_vjp

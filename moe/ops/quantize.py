@@ -110,7 +110,7 @@ def quantize(w: jax.Array, format: Quantized, summed: tuple[int, ...]) -> Quanti
         codes = int4_codes(scaled)
     else:
         table = jnp.array(NF4, jnp.float32)
-        codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(jnp.uint8)
+        codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, scaled, method="compare_all").astype(jnp.uint8)
     return packed(codes, scales, format, axis)
 
 

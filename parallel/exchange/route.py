@@ -108,7 +108,7 @@ def bucket_order(first_PE: jax.Array, counts_PE: jax.Array, num_places: int, siz
     counts_EP = counts_PE.T.reshape(-1)
     ends_EP = jnp.cumsum(counts_EP)
     places_S = jnp.arange(size, dtype=jnp.int32)
-    run_S = jnp.minimum(jnp.searchsorted(ends_EP, places_S, side="right"), counts_EP.size - 1)
+    run_S = jnp.minimum(jnp.searchsorted(ends_EP, places_S, side="right", method="scan_unrolled"), counts_EP.size - 1)
     source_S = first_PE.T.reshape(-1)[run_S] + places_S - (ends_EP - counts_EP)[run_S]
     source_S = jnp.where(places_S < ends_EP[-1], source_S, num_places).astype(jnp.int32)
     return source_S, inverse_places(source_S, num_places)
