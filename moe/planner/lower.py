@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from moe.model.cache import empty_cache, placed_cache
 from moe.planner.job import Job
-from moe.serve.engine import Weights, decode, prefill
-from moe.serve.sampling import Sampling, sampling_rows
+from moe.serve.engine import Texts, Weights, decode, prefill
 from moe.train.data import Batch
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step
@@ -69,15 +69,13 @@ def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
         jax.eval_shape(make),
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.activation(axes)),
     )
-    settings = sampling_rows([Sampling()] * job.batch_size, [0] * job.batch_size)
-    whole = NamedSharding(mesh, layout.whole_spec)
 
-    def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    def numbers(*shape: int, dtype: DTypeLike = jnp.int32, spec: PartitionSpec = layout.whole_spec) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    settings = jax.tree.map(lambda x: numbers(*x.shape, dtype=x.dtype), settings)
-    rows = numbers(job.batch_size)
     given = (weights.served, weights.params, weights.balance, cache)
     if job.kind == "prefill":
-        return prefill.lower(*given, numbers(job.batch_size, job.sequence_length), rows, rows, settings)
-    return decode.lower(*given, rows, rows, numbers(job.batch_size, dtype=bool), settings)
+        rows = numbers(job.batch_size)
+        return prefill.lower(*given, numbers(job.batch_size, job.sequence_length), rows, rows, None)
+    rows = partial(numbers, job.batch_size, spec=layout.activation_spec("B"))
+    return decode.lower(*given, Texts(rows(), rows(), rows(dtype=bool), None))

@@ -23,6 +23,7 @@ from moe.model.transformer import Transformer
 from moe.ops.bits import as_bits
 from moe.serve.sampling import Sampling, SamplingRows, choose_tokens, sampling_rows
 from parallel.layout import BATCH_AXES, Layout
+from parallel.platform import platform
 
 SHORTEST_BUCKET = 16
 """Prompts are padded to a power of two of at least so many tokens, so that few shapes are compiled."""
@@ -39,7 +40,8 @@ class Served:
     unrolled: bool
     layout: Layout
 
-    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Transformer:
+    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Any:
+        """The `Transformer` with these arrays."""
         abstract = _abstract(self.config, self.precision, self.execution, self.unrolled)
         return nnx.merge(nnx.graphdef(abstract), params, balance)
 
@@ -111,6 +113,19 @@ def _replace(params: dict[Any, Any], specs: dict[Any, Any], change: Callable[[An
             params[name] = change(specs[name], value)
 
 
+class Texts(NamedTuple):
+    """What a step knows of the slots' texts, and leaves for the next one.
+
+    tokens_B: i32, the newest token of each, which is not in the cache yet. lengths_B: i32, tokens in the cache.
+    active_B: bool, which slots are in use. settings: None where each text goes on with its likeliest token.
+    """
+
+    tokens_B: jax.Array
+    lengths_B: jax.Array
+    active_B: jax.Array
+    settings: SamplingRows | None
+
+
 class ContextError(ValueError):
     """A text that does not fit: says how long it is and how much room there is."""
 
@@ -131,20 +146,26 @@ class Engine:
     def __init__(self, weights: Weights, *, slots: int, max_length: int) -> None:
         """
         Args:
-            slots: rounded up to a multiple of the mesh's parts of a batch.
+            slots: rounded up to a multiple of the mesh's parts of a batch; on GPUs to two for each of these, since of
+                one row XLA makes products by writing the factors' products down and adding them up (lab book).
         """
         self.weights = weights
-        shards = weights.layout.batch_shards
-        self.num_slots = -(-slots // shards) * shards
+        shards, least = weights.layout.batch_shards, 2 if platform() == "gpu" else 1
+        self.num_slots = max(-(-slots // shards), least) * shards
         self.max_length = max_length
         self._slots: dict[int, _Slot] = {}
+        # Where the weights are: left open, each program would be compiled a second time for arrays that have a place.
+        self._place = weights.layout.activation("B") or jax.tree.leaves(weights.params)[0].sharding
+        # On the devices; None where a text came or went since the last step.
+        self._texts: Texts | None = None
         self._served = weights.served
         precision = weights.precision
         make = partial(
             empty_cache, weights.config, self.num_slots, max_length, precision.compute_dtype, weights.layout,
             precision.cache, weights.unrolled,
         )  # fmt: skip
-        self._cache: KVCache = jax.jit(make)()
+        cache: KVCache = jax.jit(make)()
+        self._cache = cache if weights.layout.mesh else jax.device_put(cache, self._place)
 
     @property
     def bytes_per_token(self) -> int:
@@ -157,10 +178,12 @@ class Engine:
         return [slot for slot in range(self.num_slots) if slot not in self._slots]
 
     def warm_up(self) -> None:
-        """Compiles the step and the prefill of one short prompt, so that the first client does not wait for it."""
-        ((slot, _),) = self.admit([([0], Sampling(max_tokens=1))])
-        self.step()
-        self.release(slot)
+        """Compiles the step and the prefill of one short prompt, with and without draws, so that the first client does
+        not wait for it."""
+        for temperature in (0.0, 1.0):
+            ((slot, _),) = self.admit([([0], Sampling(max_tokens=1, temperature=temperature))])
+            self.step()
+            self.release(slot)
 
     def check(self, prompt: list[int], sampling: Sampling) -> None:
         """
@@ -203,6 +226,7 @@ class Engine:
         found = list(zip(slots, np.asarray(first_B)[rows].tolist(), strict=True))
         for (prompt, sampling), (slot, token) in zip(requests, found, strict=True):
             self._slots[slot] = _Slot(sampling, len(prompt), token, generated=1)
+        self._texts = None
         return found
 
     def _places(self, count: int) -> tuple[list[int], list[int], int]:
@@ -226,26 +250,34 @@ class Engine:
         """One token more in every slot in use: (slot, token)."""
         if not self._slots:
             return []
-        idle = _Slot(Sampling(), 0, 0, 0)
-        rows = [self._slots.get(slot, idle) for slot in range(self.num_slots)]
-        active_B = np.array([slot in self._slots for slot in range(self.num_slots)])
-        settings = sampling_rows([row.sampling for row in rows], [row.generated for row in rows])
-        next_B, self._cache = decode(
-            self._served, self.weights.params, self.weights.balance, self._cache,
-            np.array([row.last for row in rows], np.int32), np.array([row.length for row in rows], np.int32),
-            active_B, settings,
-        )  # fmt: skip
+        if self._texts is None:
+            self._texts = self._told()
+        weights = self.weights
+        self._texts, self._cache = decode(self._served, weights.params, weights.balance, self._cache, self._texts)
         found = []
-        for slot, token in enumerate(np.asarray(next_B).tolist()):
+        for slot, token in enumerate(np.asarray(self._texts.tokens_B).tolist()):
             if slot in self._slots:
                 row = self._slots[slot]
                 row.length, row.last, row.generated = row.length + 1, token, row.generated + 1
                 found.append((slot, token))
         return found
 
+    def _told(self) -> Texts:
+        """The texts of all slots, on the device."""
+        idle = _Slot(Sampling(), 0, 0, 0)
+        rows = [self._slots.get(slot, idle) for slot in range(self.num_slots)]
+        texts = (
+            np.array([row.last for row in rows], np.int32),
+            np.array([row.length for row in rows], np.int32),
+            np.array([slot in self._slots for slot in range(self.num_slots)]),
+            sampling_rows([row.sampling for row in rows], [row.generated for row in rows]),
+        )
+        return Texts(*jax.device_put(texts, self._place))
+
     def release(self, slot: int) -> None:
         """Frees a slot; what its cache holds is overwritten by the next text."""
         self._slots.pop(slot, None)
+        self._texts = None
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -257,7 +289,7 @@ def prefill(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     places_B: jax.Array,
-    settings: SamplingRows,
+    settings: SamplingRows | None,
 ) -> tuple[jax.Array, KVCache]:
     """The first token of each row, and the cache with row b's keys and values in slot places_B[b], which must be on
     the device that computes row b; a row of padding has a place beyond the last slot."""
@@ -295,17 +327,17 @@ def decode(
     params: dict[str, Any],
     balance: dict[str, Any],
     cache: KVCache,
-    tokens_B: jax.Array,
-    lengths_B: jax.Array,
-    active_B: jax.Array,
-    settings: SamplingRows,
-) -> tuple[jax.Array, KVCache]:
-    """The token after `tokens_B`, and the cache with these in it."""
+    texts: Texts,
+) -> tuple[Texts, KVCache]:
+    """Each text one token longer, and the cache with what had been its newest one."""
     model, layout = served.model(params, balance), served.layout
-    output = model(
-        tokens_B[:, None], lengths_B[:, None], active_B[:, None].astype(jnp.int32), cache=cache, layout=layout
-    )
-    return choose_tokens(model.logits(output.hidden_BTD, layout)[:, 0], settings), output.cache
+    step_B, settings = texts.active_B.astype(jnp.int32), texts.settings
+    output = model(texts.tokens_B[:, None], texts.lengths_B[:, None], step_B[:, None], cache=cache, layout=layout)
+    next_B = choose_tokens(model.logits(output.hidden_BTD, layout)[:, 0], settings)
+    if settings is not None:
+        settings = settings._replace(count_B=settings.count_B + step_B)
+    longer = Texts(next_B, texts.lengths_B + step_B, texts.active_B, settings)
+    return jax.tree.map(lambda x_B: layout.constrain(x_B, "B"), longer), output.cache
 
 
 def _power_of_two(least: int) -> int:

@@ -55,8 +55,11 @@ class SamplingRows(NamedTuple):
     count_B: jax.Array | np.ndarray
 
 
-def sampling_rows(settings: list[Sampling], counts: list[int]) -> SamplingRows:
-    """The rows of several requests."""
+def sampling_rows(settings: list[Sampling], counts: list[int]) -> SamplingRows | None:
+    """The rows of several requests; None where each of them takes its likeliest tokens, so that a program without draws
+    may be compiled."""
+    if not any(each.temperature for each in settings):
+        return None
     return SamplingRows(
         np.array([each.temperature for each in settings], np.float32),
         np.array([each.top_k for each in settings], np.int32),
@@ -66,14 +69,12 @@ def sampling_rows(settings: list[Sampling], counts: list[int]) -> SamplingRows:
     )
 
 
-def choose_tokens(logits_BV: jax.Array, rows: SamplingRows) -> jax.Array:
+def choose_tokens(logits_BV: jax.Array, rows: SamplingRows | None) -> jax.Array:
     """i32[B]. A draw depends on its row's logits, settings, seed and count alone."""
     greedy_B = logits_BV.argmax(-1).astype(jnp.int32)
-
-    def draw(_: None) -> jax.Array:
-        return jnp.where(rows.temperature_B > 0, jax.vmap(_draw)(logits_BV, rows), greedy_B)
-
-    return jax.lax.cond((rows.temperature_B > 0).any(), draw, lambda _: greedy_B, None)
+    if rows is None:
+        return greedy_B
+    return jnp.where(rows.temperature_B > 0, jax.vmap(_draw)(logits_BV, rows), greedy_B)
 
 
 def _draw(logits_V: jax.Array, row: SamplingRows) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Decoding compiled for an H20: it reads each weight, and each layer's keys and values, where they stand.
+"""Decoding compiled for an H20: it reads each weight, and each layer's keys and values, where they stand, and nothing
+makes pieces of its launch.
 
 Needs the CUDA plugin; skipped without. Run as tests/gpu_compile/test_gpu_compile.py is.
 """
@@ -56,3 +57,24 @@ def test_of_keys_and_values_the_new_ones_are_written_and_none_is_moved(decoding)
     assert all(name.endswith("scatter") for name in written)
     # And in place: there is no room for another.
     assert decoding.memory_analysis().temp_size_in_bytes < 2 * a_layers
+
+
+def test_no_loop_and_no_branch_makes_pieces_of_a_step(decoding):
+    def controls(module: Module) -> set[str]:
+        opcodes = {
+            each.opcode for computation in module.computations.values() for each in computation.instructions.values()
+        }
+        return opcodes & {"while", "conditional"}
+
+    assert controls(parse(decoding.as_text())) == set()
+    # A loop over layers is one.
+    assert controls(parse(compiled(replace(DECODE, kind="train", precision=Precision())).as_text())) == {"while"}
+
+
+def test_two_rows_are_multiplied_and_one_would_be_written_down_times_a_matrix(decoding):
+    def written(module: Module) -> list[str]:
+        return [each.instruction.name for each in stored(module) if D * F in {shape.elements for shape in each.shapes}]
+
+    two, one = (parse(compiled(replace(DECODE, batch_size=rows)).as_text()) for rows in (2, 1))
+    assert written(two) == written(parse(decoding.as_text())) == []
+    assert written(one)

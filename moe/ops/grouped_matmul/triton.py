@@ -104,7 +104,9 @@ def tiles(sizes_E: jax.Array, num_rows: int, rows: int) -> tuple[jax.Array, jax.
     blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // rows - first_block_E + 1, 0)
     tiles_until_E = jnp.cumsum(blocks_E)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(tiles_until_E, tile, side="right", method="compare_all"), sizes_E.shape[0] - 1)
+    expert = jnp.minimum(
+        jnp.searchsorted(tiles_until_E, tile, side="right", method="compare_all"), sizes_E.shape[0] - 1
+    )
     block = first_block_E[expert] + tile - (tiles_until_E - blocks_E)[expert]
     start = jnp.maximum(starts_E[expert], block * rows)
     end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * rows), start)

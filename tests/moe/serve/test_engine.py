@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe import HunyuanMoE
 from moe.model.cache import empty_cache
-from moe.serve.engine import Engine, _written
+from moe.serve.engine import Engine, _written, decode, prefill
 from moe.serve.sampling import Sampling
 from parallel.layout import SINGLE_DEVICE, Layout
 from parallel.mesh import MeshConfig, make_mesh
@@ -94,3 +94,26 @@ def test_a_prefills_keys_and_values_go_to_their_slots_and_to_no_other_device(mes
             expected[slot, :, :3] = new.stacks[0].k_BGSMH[row]
     np.testing.assert_array_equal(found.stacks[0].k_BGSMH, expected)
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", write.as_text())
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2)], ids=str)
+def test_after_a_warm_up_only_longer_prompts_are_compiled_for(checkpoint, mesh):
+    engine = Engine(HunyuanMoE.from_hf(checkpoint, mesh=mesh).weights, slots=4, max_length=32)
+    engine.warm_up()
+    compiled = prefill._cache_size(), decode._cache_size()
+    for temperature in (0.0, 1.0):
+        (slot, _), *_ = engine.admit([([1, 2, 3], Sampling(max_tokens=9, temperature=temperature))])
+        engine.step()
+        engine.step()
+        engine.release(slot)
+        engine.step()
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+    engine.admit([([1] * 17, Sampling(max_tokens=9))])
+    assert prefill._cache_size() > compiled[0]
+
+
+def test_no_row_is_alone_on_a_gpu(checkpoint, monkeypatch):
+    weights = HunyuanMoE.from_hf(checkpoint).weights
+    assert Engine(weights, slots=1, max_length=32).num_slots == 1
+    monkeypatch.setattr("moe.serve.engine.platform", lambda: "gpu")
+    assert [Engine(weights, slots=slots, max_length=32).num_slots for slots in (1, 2, 3)] == [2, 2, 3]
