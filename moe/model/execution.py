@@ -22,6 +22,9 @@ class Execution:
         its hidden activation is, "before" the down projection. Then the weights travel with the rows, 4 bytes each, and
         the backward pass is saved no output rows.
     remat: what the backward pass recomputes, see moe/model/remat.py.
+    scan_layers: whether a training step computes the layers in a loop, which is compiled once for all of them. Without
+        one each is compiled by itself, and what the backward pass is kept, and gradients, are not copied into and out
+        of stacks for all layers.
     """
 
     attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"
@@ -31,6 +34,7 @@ class Execution:
     devices_per_node: int = 8
     gate: Literal["after", "before"] = "after"
     remat: Literal["none", "full", "matmuls", "matmuls_fp8", "matmuls_on_host"] = "none"
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         require_positive(self, "exchange_chunks", "devices_per_node", area="execution.")

@@ -17,8 +17,8 @@ from parallel.made_again import MADE_AGAIN
 from parallel.platform import platform
 
 
-def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
-    """Wraps the function of one scanned group, of a loop of so many `turns`.
+def rematerialise(layers: Callable, policy: str, *, barrier: bool) -> Callable:
+    """Wraps the function of one scanned group.
 
     "none": the result of every computation is kept; most memory. Not so the weights as products take them: they are
         cast, gathered or widened again, as each device would keep those of all layers whole.
@@ -27,12 +27,12 @@ def rematerialise(layers: Callable, policy: str, turns: int) -> Callable:
     "matmuls_fp8": as "matmuls", and what is kept in bfloat16 is kept as e4m3 with a scale for each vector: half the
         bytes. The forward pass is exact; the backward pass computes with rounded values (COAT, arXiv 2410.19313, §5).
     "full": only the group's input is kept, its forward pass runs twice.
+
+    Args:
+        barrier: between forward and backward pass, so that XLA does not compute once what both compute. Before one a
+            device's part of the weights waits as a float32 copy to be cast behind it.
     """
-    # Forward and backward pass are loops of their own, which keeps XLA from computing once what both compute, unless it
-    # takes a loop apart, which it does with one turn, and where weights are gathered a turn ahead with two.
-    # `prevent_cse` would do so by a barrier, before which a device's part of the weights waits as a float32 copy to be
-    # cast behind it.
-    checkpoint = partial(jax.checkpoint, prevent_cse=turns <= 2)
+    checkpoint = partial(jax.checkpoint, prevent_cse=barrier)
     if policy == "none":
         return _kept_as_bits(checkpoint(layers, policy=_computes))
     if policy == "full":

@@ -171,9 +171,7 @@ class Transformer(nnx.Module):
         """One for each stack."""
         found, first_layer = [], 0
         for dense, repeat in self.layer_groups:
-            found.append(
-                GroupScan(self.execution.remat, first_layer, len(dense), repeat, key, layout, keep_layer_inputs)
-            )
+            found.append(GroupScan(self.execution, first_layer, len(dense), repeat, key, layout, keep_layer_inputs))
             first_layer += len(dense) * repeat
         return found
 
@@ -218,9 +216,9 @@ class Transformer(nnx.Module):
 
 
 class GroupScan(NamedTuple):
-    """One stack of equal groups as a loop over them. first_layer: how many come before."""
+    """One stack of equal groups, one after the other. first_layer: how many come before."""
 
-    remat: str
+    execution: Execution
     first_layer: int | jax.Array
     layers_per_group: int
     repeat: int
@@ -259,14 +257,20 @@ class GroupScan(NamedTuple):
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache, landings_after(layers)), (output.stats, inputs_PBTD)
 
-        step = rematerialise(group, self.remat, self.repeat)
+        # XLA takes a loop of one turn apart, and where weights are gathered a turn ahead one of two. Of other loops it
+        # computes nothing in one pass that both need. What is all kept on one device may well be the weights as cast.
+        apart = self.repeat <= 2 or not self.execution.scan_layers
+        all_kept = self.execution.remat == "none" and self.layout.mesh is None and not adapters
+        step = rematerialise(group, self.execution.remat, barrier=apart and not all_kept)
 
         def turn(carry, of_group):
             parts, *others = of_group
             return step(carry, (parts, stacks.matrices, *others))
 
         of_groups = ((adapters, weights, others), landing, jnp.arange(self.repeat))
-        (x_BTD, cache, _), found = jax.lax.scan(turn, (x_BTD, cache, stacks.landings), of_groups)
+        (x_BTD, cache, _), found = jax.lax.scan(
+            turn, (x_BTD, cache, stacks.landings), of_groups, unroll=not self.execution.scan_layers
+        )
         stats, inputs_LBTD = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
         return x_BTD, cache, stats, inputs_LBTD
 

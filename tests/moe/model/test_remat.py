@@ -23,7 +23,7 @@ def layers(x_BD, of_group):
 
 def gradient(policy):
     def loss(x_BD, w_DD, v_DD):
-        y_BD, total = rematerialise(layers, policy, turns=1)(x_BD, (w_DD, v_DD, jnp.int32(1)))
+        y_BD, total = rematerialise(layers, policy, barrier=True)(x_BD, (w_DD, v_DD, jnp.int32(1)))
         return jnp.square(y_BD.astype(jnp.float32)).sum() + total
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2))(X_BD, W_DD, V_DD)
@@ -42,7 +42,7 @@ def test_kept_in_fp8_the_loss_is_exact_and_gradients_are_near():
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e38])
 def test_scales_take_any_magnitude(value):
-    kept = rematerialise(lambda x, w: x @ w, "matmuls_fp8", turns=1)
+    kept = rematerialise(lambda x, w: x @ w, "matmuls_fp8", barrier=True)
     x_BD = jnp.full((4, D), value, jnp.bfloat16)
     gradients = jax.grad(lambda x, w: jnp.tanh(kept(x, w).astype(jnp.float32)).sum(), (0, 1))(
         x_BD, jnp.eye(D, dtype=x_BD.dtype)
@@ -53,7 +53,7 @@ def test_scales_take_any_magnitude(value):
 def test_what_is_not_finite_stays_so():
     def loss(x_BD):
         return jnp.sin(
-            rematerialise(lambda x, w: jnp.square(x @ w), "matmuls_fp8", turns=1)(x_BD, W_DD).astype(jnp.float32)
+            rematerialise(lambda x, w: jnp.square(x @ w), "matmuls_fp8", barrier=True)(x_BD, W_DD).astype(jnp.float32)
         ).sum()
 
     assert not jnp.isfinite(jax.grad(loss)(X_BD.at[2, 3].set(jnp.inf))[2].astype(jnp.float32)).any()
@@ -81,5 +81,5 @@ def test_weights_as_products_take_them_are_not_kept(how):
         return jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BD, *weights).compile().as_text()
 
     whole = f"f32[{L},{D},{F}]"
-    assert whole not in compiled(rematerialise(layer, "none", turns=L))
+    assert whole not in compiled(rematerialise(layer, "none", barrier=False))
     assert whole in compiled(layer)

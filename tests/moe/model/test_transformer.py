@@ -98,12 +98,12 @@ def test_documents_in_a_row_do_not_see_each_other():
 
 
 @functools.cache
-def gradient(remat):
+def gradient(**execution):
     graph, params = nnx.split(Transformer(SMALL, FULL, Execution(), rngs=nnx.Rngs(0)))
 
     def loss(params):
         model = nnx.merge(graph, params)
-        model.execution = Execution(remat=remat)
+        model.execution = Execution(**execution)
         return jnp.sin(model(*inputs()).hidden_BTD).sum()
 
     return jax.jit(jax.grad(loss))(params)
@@ -111,7 +111,12 @@ def gradient(remat):
 
 @pytest.mark.parametrize("remat", ["full", "matmuls", "matmuls_on_host"])
 def test_rematerialisation_changes_no_gradient(remat):
-    assert_trees_equal_to_scale(gradient(remat), gradient("none"), tolerance=2e-6)
+    assert_trees_equal_to_scale(gradient(remat=remat), gradient(remat="none"), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_out_of_a_loop_have_its_gradients(remat):
+    assert_trees_equal_to_scale(gradient(remat=remat, scan_layers=False), gradient(remat="none"), tolerance=2e-6)
 
 
 def test_bf16_computes_in_bf16_and_stays_near():

@@ -95,10 +95,10 @@ def batch_of() -> Batch:
     )
 
 
-def blueprint_of(layout: Layout, precision: Precision, layers: int) -> Blueprint:
+def blueprint_of(layout: Layout, precision: Precision, layers: int, execution: Execution = Execution()) -> Blueprint:
     """Of a run whose optimizer's state begins with the last gradients."""
     model = dataclasses.replace(MODEL, num_layers=layers)
-    blueprint = make_blueprint(model, precision, Execution(), OPTIMIZER, layout, steps=200)
+    blueprint = make_blueprint(model, precision, execution, OPTIMIZER, layout, steps=200)
     return dataclasses.replace(blueprint, optimizer=optax.chain(optax.trace(decay=0.0), blueprint.optimizer))
 
 
@@ -107,9 +107,15 @@ def first_params(layers: int):
     return jax.tree.map(np.asarray, blueprint_of(SINGLE_DEVICE, FULL, layers).create_state(seed=0).params)
 
 
-def three_steps(layout: Layout, precision: Precision = FULL, layers: int = 2, microbatches: int = 1):
+def three_steps(
+    layout: Layout,
+    precision: Precision = FULL,
+    layers: int = 2,
+    microbatches: int = 1,
+    execution: Execution = Execution(),
+):
     """The losses, the gradients of the first step and the parameters after the last."""
-    blueprint = blueprint_of(layout, precision, layers)
+    blueprint = blueprint_of(layout, precision, layers, execution)
     shardings = blueprint.shardings()
     params = jax.device_put(first_params(layers), None if shardings is None else shardings.params)
     state = blueprint.state_from(params)
@@ -150,6 +156,14 @@ def test_alone(kind):
 @pytest.mark.parametrize("kinds", covering(), ids=", ".join)
 def test_together(kinds):
     assert_trees_equal_to_scale(three_steps(laid_out(*kinds)), on_one_device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("kinds", [("zero-3", "experts", "tensor"), ("zero-2", "gradients on host")], ids=", ".join)
+def test_without_a_loop_over_layers(kinds, remat):
+    found = three_steps(laid_out(*kinds), layers=3, execution=Execution(remat=remat, scan_layers=False))
+    assert_trees_equal_to_scale(found, on_one_device(layers=3))
 
 
 @pytest.mark.slow
