@@ -31,6 +31,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 # Adam divides by the gradient's own size: with the usual eps, entries of almost no gradient would move by its rounding.
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=1, eps=1e-4)
+EXECUTION = Execution()
 KINDS: dict[str, tuple[str, dict]] = {
     "replica": ("replica", {}),
     "zero-1": ("data", {"zero": 1}),
@@ -95,7 +96,7 @@ def batch_of() -> Batch:
     )
 
 
-def blueprint_of(layout: Layout, precision: Precision, layers: int, execution: Execution = Execution()) -> Blueprint:
+def blueprint_of(layout: Layout, precision: Precision, layers: int, execution: Execution = EXECUTION) -> Blueprint:
     """Of a run whose optimizer's state begins with the last gradients."""
     model = dataclasses.replace(MODEL, num_layers=layers)
     blueprint = make_blueprint(model, precision, execution, OPTIMIZER, layout, steps=200)
@@ -112,7 +113,7 @@ def three_steps(
     precision: Precision = FULL,
     layers: int = 2,
     microbatches: int = 1,
-    execution: Execution = Execution(),
+    execution: Execution = EXECUTION,
 ):
     """The losses, the gradients of the first step and the parameters after the last."""
     blueprint = blueprint_of(layout, precision, layers, execution)
