@@ -16,10 +16,13 @@ from parallel.platform import platform, shared_memory
 
 _WIDTHS = (128, 64, 32, 16)
 _WIDEST = 256
-HIGHEST = 128
-"""Rows of a tile at most."""
+LOWEST, HIGHEST = 16, 128
+"""Rows of a tile."""
+_NARROWEST = 32
 _STAGES = 3
 _PARAMETERS = plgpu.CompilerParams(num_warps=8, num_stages=_STAGES)
+_PROGRAMS = 128
+"""Tiles with rows in them below which they are narrow, so that most of a GPU's multiprocessors have one."""
 _TOGETHER = 8
 """Blocks of rows that are computed side by side, so that they find an expert's columns in the second-level cache."""
 
@@ -69,10 +72,10 @@ def width(size: int) -> int:
 
 
 def height(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile: a power of two from 16 to `HIGHEST`, enough for an expert's rows in the mean. In decoding these
-    are few, and a higher tile would multiply zeros."""
+    """Rows of a tile: a power of two from `LOWEST` to `HIGHEST`, enough for an expert's rows in the mean. In decoding
+    these are few, and a higher tile would multiply zeros."""
     mean = -(-num_rows // num_experts)
-    return min(HIGHEST, max(16, 1 << (mean - 1).bit_length()))
+    return min(HIGHEST, max(LOWEST, 1 << (mean - 1).bit_length()))
 
 
 def columns_of_tile(size: int, bytes_of_row: int, available: int) -> int:
@@ -84,6 +87,20 @@ def columns_of_tile(size: int, bytes_of_row: int, available: int) -> int:
     """
     fits = _STAGES * (HIGHEST + _WIDEST) * bytes_of_row <= available
     return _WIDEST if fits and size % _WIDEST == 0 else width(size)
+
+
+def narrow(wide: int, deep: int, size: int, depth: int, in_use: int) -> tuple[int, int]:
+    """Columns of a tile, and numbers along the sum that are loaded at a time, where experts have few rows, as in
+    decoding. The product then takes as long as its matrices take to be read: by as many multiprocessors as can be, each
+    of which asks for as many bytes at a time as with a wide tile.
+
+    Args:
+        wide, deep: of many rows. size, depth: of the axes. in_use: tiles with rows, at most, for each block of columns.
+    """
+    while wide > _NARROWEST and in_use * size // wide < _PROGRAMS:
+        wide //= 2
+    deeper = deep * max(1, 128 // max(wide, _NARROWEST))
+    return wide, deeper if depth % deeper == 0 else deep
 
 
 def depth_of_load(size: int, itemsize: int) -> int:
@@ -139,6 +156,8 @@ def _rows_product(
     num_experts = sizes_E.shape[0]
     deep, high = depth_of_load(depth, itemsize), height(num_rows, num_experts)
     wide = columns_of_tile(out, deep * itemsize, shared_memory())
+    if high == LOWEST:
+        wide, deep = narrow(wide, deep, out, depth, min(num_rows, num_experts))
     padded = jnp.append(sizes_E, num_rows - sizes_E.sum())
     expert_X, start_X, end_X = tiles(padded, num_rows, high)
     grid = expert_X.size, out // wide

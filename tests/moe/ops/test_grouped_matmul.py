@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe.ops.grouped_matmul import grouped_matmul, grouped_matmul_in_stack
 from moe.ops.grouped_matmul.in_stack import InStack
-from moe.ops.grouped_matmul.triton import columns_of_tile, height, tiles, triton_kernels
+from moe.ops.grouped_matmul.triton import columns_of_tile, height, narrow, tiles, triton_kernels
 from parallel.platform import SHARED_MEMORY
 from tests import gpu
 from tests.closeness import assert_trees_equal_to_scale
@@ -136,6 +136,23 @@ def test_tiles_are_as_high_as_an_expert_has_rows(rows, experts, expected):
 )
 def test_tiles_are_as_wide_as_the_shared_memory_lets_them(size, capability, expected):
     assert columns_of_tile(size, 128, SHARED_MEMORY[capability]) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "in_use", "expected"),
+    [(2048, 2048, 1, (32, 256)), (2048, 2048, 8, (128, 64)), (6400, 6400, 16, (256, 64)), (2048, 192, 1, (32, 64))],
+)
+def test_few_tiles_are_narrow(size, depth, in_use, expected):
+    assert narrow(256, 64, size, depth, in_use) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_few_rows_by_narrow_tiles(rows):
+    r = np.random.default_rng(0)
+    x_RD, w_EDF = (jnp.asarray(r.normal(size=size), jnp.float32) for size in ((rows, 256), (4, 256, 512)))
+    sizes_E = np.bincount(r.integers(0, 4, rows), minlength=4)
+    y_RF = triton_kernels(x_RD, w_EDF, jnp.asarray(sizes_E, jnp.int32), not gpu.HERE)
+    np.testing.assert_allclose(y_RF, oracle(np.asarray(x_RD), np.asarray(w_EDF), sizes_E), atol=2e-4)
 
 
 @settings(max_examples=20, deadline=None)
