@@ -56,9 +56,11 @@ def stepper(
     layout: Layout = SINGLE_DEVICE,
     *,
     steps: int = 1,
+    scan_layers: bool = True,
 ) -> tuple[Take, float]:
     """A function that takes so many steps, and the model FLOPs of a token."""
-    blueprint = make_blueprint(config, precision, Execution(), OptimizerConfig(), layout, steps=10_000)
+    execution = Execution(scan_layers=scan_layers)
+    blueprint = make_blueprint(config, precision, execution, OptimizerConfig(), layout, steps=10_000)
     given = place_batch(drawn_batch(config.vocab_size, batch, length), layout)
     state = blueprint.create_state(seed=0)
     step = compile_step(make_train_step(blueprint, seed=0), state, given)
