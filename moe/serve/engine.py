@@ -140,6 +140,13 @@ class _Slot:
     generated: int
 
 
+class _Started(NamedTuple):
+    """A step that a device was told to take. slots: whose texts it makes longer; one that ends is taken out."""
+
+    tokens_B: jax.Array
+    slots: set[int]
+
+
 class Engine:
     """Up to `slots` texts at once, of up to `max_length` tokens each, prompt and answer together."""
 
@@ -158,6 +165,9 @@ class Engine:
         self._place = weights.layout.activation("B") or jax.tree.leaves(weights.params)[0].sharding
         # On the devices; None where a text came or went since the last step.
         self._texts: Texts | None = None
+        # A GPU would wait while the host reads a step's tokens and asks for the next; of a CPU's cores it takes none.
+        self._ahead = platform() == "gpu"
+        self._started: _Started | None = None
         self._served = weights.served
         precision = weights.precision
         make = partial(
@@ -247,20 +257,26 @@ class Engine:
         return [slot for _, slot in chosen], rows, shards * rows_of_one
 
     def step(self) -> list[tuple[int, int]]:
-        """One token more in every slot in use: (slot, token)."""
+        """One token more for the texts: (slot, token). On a GPU the step after it begins before its tokens are read, so
+        that a text which comes then is part of the one after that."""
         if not self._slots:
             return []
-        if self._texts is None:
-            self._texts = self._told()
-        weights = self.weights
-        self._texts, self._cache = decode(self._served, weights.params, weights.balance, self._cache, self._texts)
+        started = self._started if self._started is not None and self._started.slots else self._begun()
+        self._started = self._begun() if self._ahead and self._texts is not None else None
         found = []
-        for slot, token in enumerate(np.asarray(self._texts.tokens_B).tolist()):
-            if slot in self._slots:
+        for slot, token in enumerate(np.asarray(started.tokens_B).tolist()):
+            if slot in started.slots:
                 row = self._slots[slot]
                 row.length, row.last, row.generated = row.length + 1, token, row.generated + 1
                 found.append((slot, token))
         return found
+
+    def _begun(self) -> _Started:
+        if self._texts is None:
+            self._texts = self._told()
+        weights = self.weights
+        self._texts, self._cache = decode(self._served, weights.params, weights.balance, self._cache, self._texts)
+        return _Started(self._texts.tokens_B, set(self._slots))
 
     def _told(self) -> Texts:
         """The texts of all slots, on the device."""
@@ -278,6 +294,8 @@ class Engine:
         """Frees a slot; what its cache holds is overwritten by the next text."""
         self._slots.pop(slot, None)
         self._texts = None
+        if self._started is not None:
+            self._started.slots.discard(slot)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -112,6 +112,38 @@ def test_after_a_warm_up_only_longer_prompts_are_compiled_for(checkpoint, mesh):
     assert prefill._cache_size() > compiled[0]
 
 
+def answers(engine: Engine, requests: list[tuple[list[int], Sampling]]) -> dict[int, list[int]]:
+    """Tokens by request; each comes as soon as there is a slot, and goes when it has all of its own."""
+    waiting, running, texts = list(enumerate(requests)), {}, {}
+    while waiting or running:
+        while waiting and engine.free:
+            number, request = waiting.pop(0)
+            ((slot, token),) = engine.admit([request])
+            running[slot], texts[number] = number, [token]
+        arrived = engine.step()
+        assert arrived
+        for slot, token in arrived:
+            texts[running[slot]].append(token)
+        for slot, number in list(running.items()):
+            if len(texts[number]) >= requests[number][1].max_tokens:
+                engine.release(slot)
+                del running[slot]
+    return texts
+
+
+def test_a_step_that_begins_before_the_last_is_read_makes_the_same_texts(checkpoint):
+    weights = HunyuanMoE.from_hf(checkpoint).weights
+    sizes = [(3, 5), (20, 12), (1, 2), (7, 25), (2, 3), (9, 23), (4, 2)]
+    requests = [
+        ([(17 * i + j) % 256 for j in range(length)], Sampling(max_tokens=count, temperature=i % 2, seed=i))
+        for i, (length, count) in enumerate(sizes)
+    ]
+    # The longest fill their slots to the end, where the step that begins too early has no place to write.
+    waits, ahead = (Engine(weights, slots=3, max_length=32) for _ in range(2))
+    ahead._ahead = True
+    assert answers(ahead, requests) == answers(waits, requests)
+
+
 def test_no_row_is_alone_on_a_gpu(checkpoint, monkeypatch):
     weights = HunyuanMoE.from_hf(checkpoint).weights
     assert Engine(weights, slots=1, max_length=32).num_slots == 1
