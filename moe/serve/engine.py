@@ -165,7 +165,7 @@ class Engine:
         self._place = weights.layout.activation("B") or jax.tree.leaves(weights.params)[0].sharding
         # On the devices; None where a text came or went since the last step.
         self._texts: Texts | None = None
-        # A GPU would wait while the host reads a step's tokens and asks for the next; of a CPU's cores it takes none.
+        # A GPU would be idle while the host reads a step's tokens and asks for the next. On CPU the two share cores.
         self._ahead = platform() == "gpu"
         self._started: _Started | None = None
         self._served = weights.served
