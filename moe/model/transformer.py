@@ -257,9 +257,9 @@ class GroupScan(NamedTuple):
             inputs_PBTD = jnp.stack(output.inputs) if self.keep_inputs else None
             return (output.x_BTD, cache, landings_after(layers)), (output.stats, inputs_PBTD)
 
-        # Forward and backward pass are loops of their own, of which XLA computes nothing once for both. But it takes one
-        # of a single turn apart, and where weights are gathered a turn ahead one of two. On one device that keeps all,
-        # what is computed once is the weights' cast, which is welcome.
+        # Forward and backward pass are loops of their own, for which XLA computes nothing once. But it takes one of a
+        # single turn apart, and where weights are gathered a turn ahead one of two. On one device that keeps all, what
+        # is then computed once is the weights' cast, which is welcome.
         apart = self.repeat <= 2 or not self.execution.scan_layers
         all_kept = self.execution.remat == "none" and self.layout.mesh is None and not adapters
         step = rematerialise(group, self.execution.remat, barrier=apart and not all_kept)
