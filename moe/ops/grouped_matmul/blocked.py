@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
-from moe.ops.grouped_matmul.blocks import belong, matrices, multiply, over_blocks, put, summed_in, take, tallest_blocks
+from moe.ops.grouped_matmul.blocks import (
+    belong,
+    matrices,
+    multiply,
+    over_blocks,
+    over_blocks_with_gradients,
+    put,
+    summed_in,
+    take,
+)
 from moe.ops.grouped_matmul.in_stack import InStack, alone
 from moe.ops.matmul import is_transposed_first, transposed, wide_einsum
 
@@ -93,33 +102,14 @@ def _with_weights_product(
     num_rows, ends_E = x_RD.shape[0], jnp.cumsum(sizes_E.astype(jnp.int32))
     x, rows_axis = (transposed(x_RD), 1) if is_transposed_first(x_RD.dtype) else (x_RD, 0)
 
-    def product(height: int, row: jax.Array, end: jax.Array) -> jax.Array:
+    def block(height: int, row: jax.Array, end: jax.Array, nothing: None) -> tuple[None, list[jax.Array]]:
         x_block, first = take(x, height, row, rows_axis)
         dy_bF, _ = take(dy_RF, height, row)
         mine_b = belong(first, height, row, end)
         x_block = jnp.where(jnp.expand_dims(mine_b, 1 - rows_axis), x_block, 0)
-        return multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)
+        return nothing, [multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)]
 
-    def group(e, dw_LEDF):
-        end, place = ends_E[e], (layer, e, 0, 0)
-        tallest, full = tallest_blocks(num_rows, sizes_E[e])
-        full_from = end - full * tallest
+    def group(e, made):
+        return over_blocks_with_gradients(num_rows, ends_E[e], sizes_E[e], block, made, (layer, e, 0, 0))
 
-        def write(height, row, dw_LEDF):
-            return jax.lax.dynamic_update_slice(dw_LEDF, product(height, row, full_from)[None, None], place)
-
-        def add(i, dw_DF):
-            return dw_DF + product(tallest, full_from + i * tallest, end)
-
-        def add_full(_, dw_LEDF):
-            dw_11DF = jax.lax.dynamic_slice(dw_LEDF, place, (1, 1, *dw_LEDF.shape[2:]))
-            dw_DF = jax.lax.fori_loop(0, full, add, dw_11DF[0, 0])
-            return jax.lax.dynamic_update_slice(dw_LEDF, dw_DF[None, None], place)
-
-        # Most groups have fewer rows than the tallest block: their product is written once, and added to nothing.
-        dw_LEDF = over_blocks(num_rows, end - sizes_E[e], sizes_E[e] - full * tallest, write, dw_LEDF)
-        if num_rows == tallest:
-            return dw_LEDF
-        return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, dw_LEDF)
-
-    return jax.lax.fori_loop(0, sizes_E.shape[0], group, dw_LEDF)
+    return jax.lax.fori_loop(0, sizes_E.shape[0], group, (None, [dw_LEDF]))[1][0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.ops.bits import as_bits, from_bits
-from moe.ops.grouped_matmul.blocks import belong, multiply, over_blocks, put, take, tallest_blocks
+from moe.ops.grouped_matmul.blocks import belong, multiply, over_blocks, over_blocks_with_gradients, put, take
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import is_transposed_first, transposed
 from moe.ops.swiglu import swiglu
@@ -123,45 +123,24 @@ def _back(
 
     def group(i, made):
         e = order_E[i]
-        end, place = ends_E[e], (network.gate_EDF.layer, e, 0, 0)
-        tallest, full = tallest_blocks(num_rows, sizes_E[e])
-        full_from = end - full * tallest
         w_DF = network.of_group(e, dtype)
 
-        def block(height, row, end, dx_RD, dgates_R):
+        def block(height, row, end, made):
+            dx_RD, dgates_R = made
             first = take(dy_RD, height, row)[1]
             mine_b = belong(first, height, row, end)
             dx_bD, dgates_b, factors = _block_back(rows, dy_RD, w_DF, height, row, mine_b)
             if dgates_b is not None:
                 dgates_R = put(dgates_R[:, None], first, dgates_b[:, None], mine_b)[:, 0]
-            return put(dx_RD, first, dx_bD, mine_b), dgates_R, [_outer(*factors[n]) for n in trained]
+            return (put(dx_RD, first, dx_bD, mine_b), dgates_R), [_outer(*factors[n]) for n in trained]
 
-        def write(height, row, made):
-            *made, dw_LEDF = made
-            *made, dw_DF = block(height, row, full_from, *made)
-            return *made, _set(dw_LEDF, place, dw_DF)
-
-        def add(i, made):
-            *made, before_DF = made
-            *made, dw_DF = block(tallest, full_from + i * tallest, end, *made)
-            return *made, [before + dw for before, dw in zip(before_DF, dw_DF, strict=True)]
-
-        def add_full(_, made):
-            *made, dw_LEDF = made
-            dw_DF = [jax.lax.dynamic_slice(dw, place, (1, 1, *dw.shape[2:]))[0, 0] for dw in dw_LEDF]
-            *made, dw_DF = jax.lax.fori_loop(0, full, add, (*made, dw_DF))
-            return *made, _set(dw_LEDF, place, dw_DF)
-
-        # Most groups have fewer rows than the tallest block: their gradient is written once, and added to nothing.
-        made = over_blocks(num_rows, end - sizes_E[e], sizes_E[e] - full * tallest, write, made)
-        if num_rows == tallest:
-            return made
-        return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, made)
+        place = (network.gate_EDF.layer, e, 0, 0)
+        return over_blocks_with_gradients(num_rows, ends_E[e], sizes_E[e], block, made, place)
 
     trained = [n for n, dw in enumerate(dw_LEDF) if dw is not None]
     zeros = as_bits(jnp.zeros_like(dy_RD)), None if rows.gates_R is None else jnp.zeros_like(rows.gates_R)
     given = [dw for dw in dw_LEDF if dw is not None]
-    dx_RD, dgates_R, found = jax.lax.fori_loop(0, num_groups, group, (*zeros, given))
+    (dx_RD, dgates_R), found = jax.lax.fori_loop(0, num_groups, group, (zeros, given))
     return from_bits(dx_RD, dtype), dgates_R, [None if dw is None else found.pop(0) for dw in dw_LEDF]
 
 
@@ -188,7 +167,3 @@ def _outer(x_bD: jax.Array, dy_bF: jax.Array) -> jax.Array:
     if is_transposed_first(x_bD.dtype):
         return multiply(transposed(x_bD), dy_bF, 1, 0, jnp.float32)
     return multiply(x_bD, dy_bF, 0, 0, jnp.float32)
-
-
-def _set(dw_LEDF: list[jax.Array], place: tuple, dw_DF: list[jax.Array]) -> list[jax.Array]:
-    return [jax.lax.dynamic_update_slice(all_, dw[None, None], place) for all_, dw in zip(dw_LEDF, dw_DF, strict=True)]

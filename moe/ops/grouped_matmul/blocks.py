@@ -40,6 +40,54 @@ def over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, 
     return made
 
 
+def over_blocks_with_gradients(
+    num_rows: int,
+    end: jax.Array,
+    size: jax.Array,
+    block: Callable[[int, jax.Array, jax.Array, Any], tuple[Any, list[jax.Array]]],
+    made: tuple[Any, list[jax.Array]],
+    place: tuple[Any, ...],
+) -> tuple[Any, list[jax.Array]]:
+    """As `over_blocks`, of the rows [end - size, end), each block of which adds to gradients of the group's matrices.
+
+    Args:
+        block: takes its height, its first row, the row after its last one and what was made so far. It gives more of
+            that, and its shares dw_DF.
+        made: what was made so far, and the stacks dw_LEDF, which are zero at `place`.
+
+    Returns:
+        what was made, and the stacks with the sums of shares at `place`.
+    """
+    tallest, full = tallest_blocks(num_rows, size)
+    full_from = end - full * tallest
+
+    def put_in(dw_LEDF: list[jax.Array], dw_DF: list[jax.Array]) -> list[jax.Array]:
+        pairs = zip(dw_LEDF, dw_DF, strict=True)
+        return [jax.lax.dynamic_update_slice(all_, dw[None, None], place) for all_, dw in pairs]
+
+    def write(height, row, made):
+        before, dw_LEDF = made
+        after, dw_DF = block(height, row, full_from, before)
+        return after, put_in(dw_LEDF, dw_DF)
+
+    def add(i, made):
+        before, sum_DF = made
+        after, dw_DF = block(tallest, full_from + i * tallest, end, before)
+        return after, [one + other for one, other in zip(sum_DF, dw_DF, strict=True)]
+
+    def add_full(_, made):
+        before, dw_LEDF = made
+        sum_DF = [jax.lax.dynamic_slice(all_, place, (1, 1, *all_.shape[2:]))[0, 0] for all_ in dw_LEDF]
+        after, sum_DF = jax.lax.fori_loop(0, full, add, (before, sum_DF))
+        return after, put_in(dw_LEDF, sum_DF)
+
+    # Most groups have fewer rows than the tallest block: their gradient is written once, and added to nothing.
+    made = over_blocks(num_rows, end - size, size - full * tallest, write, made)
+    if num_rows == tallest:
+        return made
+    return jax.lax.fori_loop(0, (full > 0).astype(jnp.int32), add_full, made)
+
+
 def take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
     """The rows from `row` on, or the last ones, and the first's number."""
     first = jnp.minimum(row, x_RD.shape[axis] - height)
