@@ -157,8 +157,8 @@ class Engine:
                 one row XLA makes products by writing the factors' products down and adding them up (lab book).
         """
         self.weights = weights
-        shards, least = weights.layout.batch_shards, 2 if platform() == "gpu" else 1
-        self.num_slots = max(-(-slots // shards), least) * shards
+        shards, on_gpu = weights.layout.batch_shards, platform() == "gpu"
+        self.num_slots = max(-(-slots // shards), 2 if on_gpu else 1) * shards
         self.max_length = max_length
         self._slots: dict[int, _Slot] = {}
         # Where the weights are: left open, each program would be compiled a second time for arrays that have a place.
@@ -166,7 +166,7 @@ class Engine:
         # On the devices; None where a text came or went since the last step.
         self._texts: Texts | None = None
         # A GPU would be idle while the host reads a step's tokens and asks for the next. On CPU the two share cores.
-        self._ahead = platform() == "gpu"
+        self._ahead = on_gpu
         self._started: _Started | None = None
         self._served = weights.served
         precision = weights.precision

@@ -43,10 +43,15 @@ def decoding():
     return compiled(DECODE)
 
 
-def test_no_matrix_is_copied(decoding):
+@pytest.fixture(scope="module")
+def training():
+    """A step with a loop over layers, where there is what a step of decoding must not have."""
+    return compiled(replace(DECODE, kind="train", precision=Precision()))
+
+
+def test_no_matrix_is_copied(decoding, training):
     assert copied(parse(decoding.as_text()), "params", D * M * H) == []
     # A loop over layers takes each turn's matrices out of their stacks.
-    training = compiled(replace(DECODE, kind="train", precision=Precision()))
     assert copied(parse(training.as_text()), "state.params", D * F)
 
 
@@ -59,7 +64,7 @@ def test_of_keys_and_values_the_new_ones_are_written_and_none_is_moved(decoding)
     assert decoding.memory_analysis().temp_size_in_bytes < 2 * a_layers
 
 
-def test_no_loop_and_no_branch_makes_pieces_of_a_step(decoding):
+def test_no_loop_and_no_branch_makes_pieces_of_a_step(decoding, training):
     def controls(module: Module) -> set[str]:
         opcodes = {
             each.opcode for computation in module.computations.values() for each in computation.instructions.values()
@@ -67,8 +72,7 @@ def test_no_loop_and_no_branch_makes_pieces_of_a_step(decoding):
         return opcodes & {"while", "conditional"}
 
     assert controls(parse(decoding.as_text())) == set()
-    # A loop over layers is one.
-    assert controls(parse(compiled(replace(DECODE, kind="train", precision=Precision())).as_text())) == {"while"}
+    assert controls(parse(training.as_text())) == {"while"}
 
 
 def test_two_rows_are_multiplied_and_one_would_be_written_down_times_a_matrix(decoding):
