@@ -26,7 +26,6 @@ from rich.table import Table
 from benchmarks.serving import seconds_of
 from benchmarks.spread import machine, spread
 from moe import HunyuanMoE
-from moe.model.cache import empty_cache
 from moe.model.folder import copy_tokenizer
 from moe.model.hf.convert import export_trained
 from moe.serve.engine import Engine, Served
@@ -119,17 +118,14 @@ def held_out(data: Data, batches: int) -> list[Batch]:
 @partial(jax.jit, static_argnums=0)
 def _judged(served: Served, params: Any, balance: Any, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
     """The summed loss of a batch, nats, and the experts that each MoE layer chose."""
-    model = served.model(params, balance)
-    precision, (B, T) = model.precision, batch.tokens_BT.shape
-    cache = empty_cache(model.config, B, T, precision.compute_dtype, format=precision.cache, unrolled=model.unrolled)
-    hidden_BTD, chosen = watched(model, batch, cache)
-    return summed_loss(model, hidden_BTD, batch, T, SINGLE_DEVICE), chosen
+    model, (B, T) = served.model(params, balance), batch.tokens_BT.shape
+    hidden_BTD, chosen = watched(model, batch, served.empty_cache(B, T))
+    return summed_loss(model, hidden_BTD, batch, T, served.layout), chosen
 
 
 def judged(model: HunyuanMoE, batches: list[Batch]) -> tuple[float, list[list[jax.Array]]]:
     """Mean loss over all batches, and the choices in each."""
-    weights = model.weights
-    results = [_judged(weights.served, weights.params, weights.balance, batch) for batch in batches]
+    results = [_judged(*model.weights, batch) for batch in batches]
     predicted = sum(float(batch.weights_BT.sum()) for batch in batches)
     return sum(float(loss) for loss, _ in results) / predicted, [chosen for _, chosen in results]
 
@@ -175,7 +171,7 @@ def measure(run: Path, batches: int, repeats: int, steps: int, tell: Callable[[s
     for name, model in models.items():
         loss, chosen = judged(model, texts)
         choices = choices or chosen
-        share = changed(chosen, choices, model.weights.config.num_experts)
+        share = changed(chosen, choices, model.weights.served.config.num_experts)
         size = sum(x.nbytes for x in jax.tree.leaves(model.weights.params))
         found.append(Found(name, size, 0, loss, share, [], []))
         tell(f"{name}: {size / 1e6:.2f} MB, loss {loss:.5f}, {share:.2%} of choices changed")

@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.experiment import Experiment
 from moe.model.execution import plain_execution
 from moe.model.merge import merged
-from moe.serve.engine import Weights
+from moe.serve.engine import Served, Weights
 from moe.serve.language_model import HunyuanMoE
 from moe.serve.vocabulary import open_vocabulary
 from moe.train.data import Data
@@ -107,7 +107,7 @@ def weights_to_sample(blueprint: Blueprint, outcome: Outcome) -> Weights | None:
         return None
     params, balance = jax.device_put(gathered, jax.local_devices()[0])
     execution = plain_execution(blueprint.precision)
-    return Weights(blueprint.config, blueprint.precision, SINGLE_DEVICE, params, balance, execution)
+    return Weights(Served(blueprint.config, blueprint.precision, SINGLE_DEVICE, execution), params, balance)
 
 
 def _sample(weights: Weights, data: Data, folder: RunFolder) -> str:

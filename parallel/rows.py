@@ -24,6 +24,14 @@ def inverse_places(source_S: jax.Array, num_rows: int) -> jax.Array:
     return jnp.full(num_rows, source_S.size, jnp.int32).at[source_S].set(places_S, mode="drop")
 
 
+def bucket_of_place(ends_E: jax.Array, places_S: jax.Array) -> jax.Array:
+    """For each place the bucket in which it lies, where these stand one after the other and bucket e ends before
+    ends[e]; the last one for a place beyond all. i32[S]. Unrolled: by itself the search is a loop, which cuts what
+    could be one launch on a GPU in pieces."""
+    found_S = jnp.searchsorted(ends_E, places_S, side="right", method="scan_unrolled")
+    return jnp.minimum(found_S, ends_E.size - 1).astype(jnp.int32)
+
+
 def exclusive_sum(x: jax.Array, axis: int = -1) -> jax.Array:
     """The sum of all earlier entries along `axis`."""
     return jnp.cumsum(x, axis) - x

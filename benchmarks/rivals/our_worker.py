@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.rivals.job import Job, draw_tokens, read
@@ -15,11 +16,11 @@ from benchmarks.spread import processor
 from benchmarks.train_step import stepper
 from moe.model.config import ModelConfig
 from moe.model.execution import Execution
-from moe.model.parameter import SelectionBias
+from moe.model.parameter import ParameterSpec, is_spec, specs_of
 from moe.model.precision import FULL, Precision
 from moe.model.presets import SPEED_158M
 from moe.model.transformer import Transformer
-from moe.serve.engine import Engine, Weights
+from moe.serve.engine import Engine, Served, Weights
 from moe.serve.sampling import Sampling
 from parallel.layout import SINGLE_DEVICE
 
@@ -31,12 +32,23 @@ def trainer(config: ModelConfig, job: Job) -> Take:
     return stepper(config, precision, job.batch, job.length, steps=job.steps, scan_layers=scan_layers)[0]
 
 
+def drawn(served: Served) -> Weights:
+    """With arrays of its own for each group of layers, as of a checkpoint: a model would make the stacks of all first."""
+    rngs = nnx.Rngs(0)
+
+    def draw(spec: ParameterSpec, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if spec.kind == "norm":
+            return jnp.ones(x.shape, x.dtype)
+        return 0.02 * jax.random.normal(rngs.params(), x.shape, x.dtype)
+
+    shapes, specs = Weights.abstract(served), specs_of(served.abstract)
+    params = jax.tree.map(draw, specs, shapes.params, is_leaf=is_spec)
+    return shapes._replace(params=params, balance=jax.tree.map(jnp.zeros_like, shapes.balance))
+
+
 def decoder(config: ModelConfig, job: Job) -> Take:
     precision = FULL if job.format == "float32" else Precision(parameters="bfloat16")
-    model = Transformer(config, precision, Execution(), rngs=nnx.Rngs(0))
-    model.unroll()
-    params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
-    weights = Weights(config, precision, SINGLE_DEVICE, params, balance, unrolled=True)
+    weights = drawn(Served(config, precision, SINGLE_DEVICE, unrolled=True))
     weights.move_as_bits()
     engine = Engine(weights, slots=job.batch, max_length=job.length + job.answer + 1)
     tokens_BT, _ = draw_tokens(config.vocab_size, job.batch, job.length)

@@ -70,6 +70,11 @@ class Job:
                 f"precision.{name}={format!r}: what products in 8 bits take is not estimated; plan "
                 f"without --estimate (make plan-setup), or set precision.{name}=none"
             )
+        if self.kind == "train" and not self.execution.scan_layers:
+            raise ConfigError(
+                "execution.scan_layers=False: what a step gains without a loop over layers is not estimated; plan "
+                "without --estimate, which compiles the step, or set scan_layers=True"
+            )
         if self.kind == "train" and self.optimizer.kind != "adamw":
             raise ConfigError(
                 f"optimizer.kind={self.optimizer.kind!r}: only AdamW's update can be estimated; plan without "

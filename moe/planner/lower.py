@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from moe.model.cache import empty_cache, placed_cache
+from moe.model.cache import placed_cache
 from moe.planner.job import Job
-from moe.serve.engine import Texts, Weights, decode, prefill
+from moe.serve.engine import Served, Texts, Weights, decode, prefill
 from moe.train.data import Batch
 from moe.train.state import Blueprint, make_blueprint
 from moe.train.step import make_train_step
@@ -60,20 +60,16 @@ def _lower_training(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
 
 def _lower_serving(job: Job, layout: Layout, mesh: Mesh) -> jax.stages.Lowered:
     layout.refuse_stages("serving")
-    weights = Weights.abstract(job.model, job.precision, layout, job.execution)
-    compute, format = job.precision.compute_dtype, job.precision.cache
-    make = partial(
-        empty_cache, job.model, job.batch_size, job.sequence_length, compute, layout, format, weights.unrolled
-    )
+    served = Served(job.model, job.precision, layout, job.execution, unrolled=True)
     cache = placed_cache(
-        jax.eval_shape(make),
+        jax.eval_shape(partial(served.empty_cache, job.batch_size, job.sequence_length)),
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.activation(axes)),
     )
 
     def numbers(*shape: int, dtype: DTypeLike = jnp.int32, spec: PartitionSpec = layout.whole_spec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    given = (weights.served, weights.params, weights.balance, cache)
+    given = (*Weights.abstract(served), cache)
     if job.kind == "prefill":
         rows = numbers(job.batch_size)
         return prefill.lower(*given, numbers(job.batch_size, job.sequence_length), rows, rows, None)

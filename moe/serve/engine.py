@@ -5,7 +5,7 @@ and draws are seeded by the request.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,47 +32,56 @@ SHORTEST_BUCKET = 16
 @dataclass(frozen=True)
 class Served:
     """The model as it serves, without its arrays: what programs are compiled for. They are told this and not the graph
-    that NNX makes of a model: the hash of one, taken at every call, takes a millisecond."""
+    that NNX makes of a model: the hash of one, taken at every call, takes a millisecond.
 
-    config: ModelConfig
-    precision: Precision
-    execution: Execution
-    unrolled: bool
-    layout: Layout
-
-    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Any:
-        """The `Transformer` with these arrays."""
-        abstract = _abstract(self.config, self.precision, self.execution, self.unrolled)
-        return nnx.merge(nnx.graphdef(abstract), params, balance)
-
-
-class Weights(NamedTuple):
-    """Everything that computes: parameters and selection biases as nested dicts, on `layout`. Of `execution` only the
-    backends matter. Unrolled where the parameters are an unrolled model's (moe/model/transformer.py)."""
+    execution: of which only the backends matter. unrolled: of arrays of its own for each group of layers
+    (moe/model/transformer.py).
+    """
 
     config: ModelConfig
     precision: Precision
     layout: Layout
-    params: dict[str, Any]
-    balance: dict[str, Any]
-    execution: Execution = Execution()
+    execution: Execution = field(default_factory=Execution)
     unrolled: bool = False
 
     @property
-    def served(self) -> Served:
-        return Served(self.config.dropless, self.precision.wide, self.execution, self.unrolled, self.layout)
+    def abstract(self) -> Transformer:
+        """The model, of shapes: without capacities, and with products in the compute format."""
+        model = nnx.eval_shape(
+            lambda: Transformer(self.config.dropless, self.precision.wide, self.execution, rngs=nnx.Rngs(0))
+        )
+        if self.unrolled:
+            model.unroll()
+        return model
+
+    def model(self, params: dict[str, Any], balance: dict[str, Any]) -> Any:
+        """The `Transformer` with these arrays."""
+        return nnx.merge(nnx.graphdef(self.abstract), params, balance)
+
+    def empty_cache(self, batch: int, num_slots: int) -> KVCache:
+        """See `moe.model.cache.empty_cache`."""
+        dtype, format = self.precision.compute_dtype, self.precision.cache
+        return empty_cache(self.config, batch, num_slots, dtype, self.layout, format, self.unrolled)
+
+
+class Weights(NamedTuple):
+    """Everything that computes: what programs are compiled for, and parameters and selection biases as nested dicts, on
+    its layout."""
+
+    served: Served
+    params: dict[str, Any]
+    balance: dict[str, Any]
 
     def narrow(self) -> None:
         """Has the layers' matrices in the compute format from now on, one array after the other, where they are stored
         in a wider one: each token would round all of them anew, to the same values."""
-        dtype = jnp.dtype(self.precision.compute_dtype)
+        dtype = jnp.dtype(self.served.precision.compute_dtype)
 
         def narrowed(spec: ParameterSpec, x: Any) -> Any:
             wider = spec.kind in QUANTIZED_KINDS and isinstance(x, jax.Array) and x.dtype.itemsize > dtype.itemsize
             return x.astype(dtype) if wider else x
 
-        model = _abstract(self.config, self.precision, self.execution, self.unrolled)
-        _replace(self.params, specs_of(model), narrowed)
+        _replace(self.params, specs_of(self.served.abstract), narrowed)
 
     def move_as_bits(self) -> None:
         """On CPU has the layers' bfloat16 as its bits from now on, one array after the other: a loop over layers would
@@ -81,27 +90,20 @@ class Weights(NamedTuple):
         _replace(stacks, stacks, lambda _, x: jax.tree.map(as_bits, x))
 
     @classmethod
-    def abstract(cls, config: ModelConfig, precision: Precision, layout: Layout, execution: Execution) -> "Weights":
-        """Shapes, formats and, on a mesh, shardings, for compiling without an array; unrolled.
+    def abstract(cls, served: Served) -> "Weights":
+        """Shapes, formats and, on a mesh, shardings, for compiling without an array.
 
         Raises:
             LayoutError: a parameter does not divide over the mesh.
         """
-        model = _abstract(config, precision, execution, unrolled=True)
+        model, layout = served.abstract, served.layout
         params, balance = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, SelectionBias))
         if layout.mesh is not None:
             where = stored(params, specs_of(model), layout), jax.tree.map(lambda _: layout.whole(), balance)
             params, balance = jax.tree.map(
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, balance), where
             )
-        return cls(config, precision, layout, params, balance, execution, unrolled=True)
-
-
-def _abstract(config: ModelConfig, precision: Precision, execution: Execution, unrolled: bool) -> Transformer:
-    model = nnx.eval_shape(lambda: Transformer(config, precision, execution, rngs=nnx.Rngs(0)))
-    if unrolled:
-        model.unroll()
-    return model
+        return cls(served, params, balance)
 
 
 def _replace(params: dict[Any, Any], specs: dict[Any, Any], change: Callable[[Any, Any], Any]) -> None:
@@ -157,25 +159,20 @@ class Engine:
                 one row XLA makes products by writing the factors' products down and adding them up (lab book).
         """
         self.weights = weights
-        shards, on_gpu = weights.layout.batch_shards, platform() == "gpu"
+        layout, on_gpu = weights.served.layout, platform() == "gpu"
+        shards = layout.batch_shards
         self.num_slots = max(-(-slots // shards), 2 if on_gpu else 1) * shards
         self.max_length = max_length
         self._slots: dict[int, _Slot] = {}
         # Where the weights are: left open, each program would be compiled a second time for arrays that have a place.
-        self._place = weights.layout.activation("B") or jax.tree.leaves(weights.params)[0].sharding
+        self._place = layout.activation("B") or jax.tree.leaves(weights.params)[0].sharding
         # On the devices; None where a text came or went since the last step.
         self._texts: Texts | None = None
         # A GPU would be idle while the host reads a step's tokens and asks for the next. On CPU the two share cores.
         self._ahead = on_gpu
         self._started: _Started | None = None
-        self._served = weights.served
-        precision = weights.precision
-        make = partial(
-            empty_cache, weights.config, self.num_slots, max_length, precision.compute_dtype, weights.layout,
-            precision.cache, weights.unrolled,
-        )  # fmt: skip
-        cache: KVCache = jax.jit(make)()
-        self._cache = cache if weights.layout.mesh else jax.device_put(cache, self._place)
+        cache: KVCache = jax.jit(partial(weights.served.empty_cache, self.num_slots, max_length))()
+        self._cache = cache if layout.mesh else jax.device_put(cache, self._place)
 
     @property
     def bytes_per_token(self) -> int:
@@ -200,7 +197,7 @@ class Engine:
         Raises:
             ContextError: no tokens, tokens that the model does not have, or too many of them.
         """
-        vocab = self.weights.config.vocab_size
+        vocab = self.weights.served.config.vocab_size
         if not prompt:
             raise ContextError("the prompt has no tokens: give some text to go on from")
         if min(prompt) < 0 or max(prompt) >= vocab:
@@ -229,10 +226,7 @@ class Engine:
             tokens_BT[row, : len(prompt)], lengths_B[row], places_B[row] = prompt, len(prompt), slot
             samplings[row] = sampling
         settings = sampling_rows(samplings, [0] * num_rows)
-        first_B, self._cache = prefill(
-            self._served, self.weights.params, self.weights.balance, self._cache,
-            tokens_BT, lengths_B, places_B, settings,
-        )  # fmt: skip
+        first_B, self._cache = prefill(*self.weights, self._cache, tokens_BT, lengths_B, places_B, settings)
         found = list(zip(slots, np.asarray(first_B)[rows].tolist(), strict=True))
         for (prompt, sampling), (slot, token) in zip(requests, found, strict=True):
             self._slots[slot] = _Slot(sampling, len(prompt), token, generated=1)
@@ -242,7 +236,7 @@ class Engine:
     def _places(self, count: int) -> tuple[list[int], list[int], int]:
         """(free slots, the rows of a prefill that compute for them, how many rows it has), for so many prompts. A row
         and its slot are on the same device; of these each takes as many as another, if it is free."""
-        shards = self.weights.layout.batch_shards
+        shards = self.weights.served.layout.batch_shards
         slots_of_one = self.num_slots // shards
         taken = [0] * shards
         ranked = []
@@ -274,8 +268,7 @@ class Engine:
     def _begun(self) -> _Started:
         if self._texts is None:
             self._texts = self._told()
-        weights = self.weights
-        self._texts, self._cache = decode(self._served, weights.params, weights.balance, self._cache, self._texts)
+        self._texts, self._cache = decode(*self.weights, self._cache, self._texts)
         return _Started(self._texts.tokens_B, set(self._slots))
 
     def _told(self) -> Texts:
@@ -313,10 +306,8 @@ def prefill(
     the device that computes row b; a row of padding has a place beyond the last slot."""
     model, layout = served.model(params, balance), served.layout
     B, T = tokens_BT.shape
-    dtype = model.precision.compute_dtype
-    own = empty_cache(model.config, B, T, dtype, layout, model.precision.cache, model.unrolled)
     valid_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
-    output = model(tokens_BT, None, valid_BT, cache=own, layout=layout)
+    output = model(tokens_BT, None, valid_BT, cache=served.empty_cache(B, T), layout=layout)
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     first_B = choose_tokens(model.logits(hidden_B1D, layout)[:, 0], settings)

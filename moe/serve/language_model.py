@@ -102,7 +102,7 @@ class HunyuanMoE:
             cache=cache,
         )
         params, balance = pretrained.load_unrolled(layout, weights)
-        loaded = Weights(pretrained.config, precision, layout, params, balance, unrolled=True)
+        loaded = Weights(Served(pretrained.config, precision, layout, unrolled=True), params, balance)
         loaded.narrow()
         loaded.move_as_bits()
         try:
@@ -132,10 +132,10 @@ class HunyuanMoE:
         """logits_BTV, f32, of token ids [B, T]."""
         tokens_BT = np.asarray(tokens_BT, np.int32)
         batch = len(tokens_BT)
-        padded_BT = np.pad(tokens_BT, ((0, -batch % self.weights.layout.batch_shards), (0, 0)))
+        padded_BT = np.pad(tokens_BT, ((0, -batch % self.weights.served.layout.batch_shards), (0, 0)))
         valid_BT = np.zeros(padded_BT.shape, np.int32)
         valid_BT[:batch] = 1
-        logits_BTV = _logits(self.weights.served, self.weights.params, self.weights.balance, padded_BT, valid_BT)
+        logits_BTV = _logits(*self.weights, padded_BT, valid_BT)
         return logits_BTV[:batch]
 
     def generate(self, prompts: str | Sequence[Any], **sampling: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from parallel.exchange.group import Group, Traffic
 from parallel.exchange.wire import WireFormat, carry
-from parallel.rows import inverse_places, no_gradient
+from parallel.rows import bucket_of_place, inverse_places, no_gradient
 
 
 class Route(Protocol):
@@ -108,7 +108,7 @@ def bucket_order(first_PE: jax.Array, counts_PE: jax.Array, num_places: int, siz
     counts_EP = counts_PE.T.reshape(-1)
     ends_EP = jnp.cumsum(counts_EP)
     places_S = jnp.arange(size, dtype=jnp.int32)
-    run_S = jnp.minimum(jnp.searchsorted(ends_EP, places_S, side="right", method="scan_unrolled"), counts_EP.size - 1)
+    run_S = bucket_of_place(ends_EP, places_S)
     source_S = first_PE.T.reshape(-1)[run_S] + places_S - (ends_EP - counts_EP)[run_S]
     source_S = jnp.where(places_S < ends_EP[-1], source_S, num_places).astype(jnp.int32)
     return source_S, inverse_places(source_S, num_places)

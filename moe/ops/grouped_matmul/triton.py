@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from parallel.platform import platform, shared_memory
+from parallel.rows import bucket_of_place
 
 _WIDTHS = (128, 64, 32, 16)
 _WIDEST = 256
@@ -121,13 +122,11 @@ def tiles(sizes_E: jax.Array, num_rows: int, rows: int) -> tuple[jax.Array, jax.
     blocks_E = jnp.where(sizes_E > 0, (ends_E - 1) // rows - first_block_E + 1, 0)
     tiles_until_E = jnp.cumsum(blocks_E)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    expert = jnp.minimum(
-        jnp.searchsorted(tiles_until_E, tile, side="right", method="compare_all"), sizes_E.shape[0] - 1
-    )
+    expert = bucket_of_place(tiles_until_E, tile)
     block = first_block_E[expert] + tile - (tiles_until_E - blocks_E)[expert]
     start = jnp.maximum(starts_E[expert], block * rows)
     end = jnp.where(tile < tiles_until_E[-1], jnp.minimum(ends_E[expert], (block + 1) * rows), start)
-    return expert.astype(jnp.int32), start.astype(jnp.int32), end.astype(jnp.int32)
+    return expert, start.astype(jnp.int32), end.astype(jnp.int32)
 
 
 def place_of_program(num_tiles: int, num_columns: int) -> tuple[jax.Array, jax.Array]:

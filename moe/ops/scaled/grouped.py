@@ -16,6 +16,7 @@ from moe.ops.scaled.quantize import BLOCK, EACH, Scaled, multiplied, quantize, s
 from moe.ops.scaled.recipe import Recipe, Split
 from moe.ops.scaled.triton import rows_kernel, weights_kernel
 from parallel.platform import platform
+from parallel.rows import bucket_of_place
 
 Backend = Literal["auto", "blocked", "triton"]
 
@@ -143,9 +144,9 @@ def _blocked_rows(x: Scaled, w: Scaled, sizes_E: jax.Array, contract_w: int, dty
     if x.scales.shape[1] > 1 or w.scales.shape[1 + contract_w] > 1:
         return rows_product(widened(x), widened(w), sizes_E, contract_w, jnp.float32).astype(dtype)
     y_RF = rows_product(multiplied(x), multiplied(w), sizes_E, contract_w, sum_dtype(x)).astype(jnp.float32)
-    (R, F), E = y_RF.shape, sizes_E.shape[0]
-    group_R = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(R), side="right"), E - 1)
+    R, F = y_RF.shape
     scales_EF = spread(w.scales.squeeze(1 + contract_w), (w.scales.shape[0], F))
+    group_R = bucket_of_place(jnp.cumsum(sizes_E), jnp.arange(R))
     scales_RF = scales_EF[group_R] if scales_EF.shape[0] > 1 else scales_EF
     return (y_RF * x.scales * scales_RF).astype(dtype)
 

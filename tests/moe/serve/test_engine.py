@@ -1,6 +1,7 @@
 """Where an engine puts texts, and what comes of them on a mesh."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from tests.moe.serve.serving import CONFIG
 def test_a_prompts_row_is_on_the_device_of_its_slot(shards, slots_of_one, data):
     engine = Engine.__new__(Engine)
     engine.num_slots = shards * slots_of_one
-    engine.weights = type("Given", (), {"layout": type("Shards", (), {"batch_shards": shards})})
+    engine.weights = SimpleNamespace(served=SimpleNamespace(layout=SimpleNamespace(batch_shards=shards)))
     everywhere = range(engine.num_slots)
     engine._slots = dict.fromkeys(data.draw(st.sets(st.sampled_from(everywhere), max_size=engine.num_slots - 1)))
     free = engine.free

@@ -84,9 +84,10 @@ def test_chat_is_the_answer_to_its_tokens(model):
 
 
 def test_a_model_that_trained_with_capacity_drops_nothing_when_it_serves(model):
-    router = dataclasses.replace(model.weights.config.router, capacity_factor=0.25)
-    config = dataclasses.replace(model.weights.config, router=router)
-    tight = HunyuanMoE(model.weights._replace(config=config), model.vocabulary, 2048, "tight")
+    served = model.weights.served
+    router = dataclasses.replace(served.config.router, capacity_factor=0.25)
+    served = dataclasses.replace(served, config=dataclasses.replace(served.config, router=router))
+    tight = HunyuanMoE(model.weights._replace(served=served), model.vocabulary, 2048, "tight")
     assert tight.generate(PROMPTS, max_tokens=5) == model.generate(PROMPTS, max_tokens=5)
 
 
@@ -123,7 +124,7 @@ def test_without_a_tokenizer_ids_work_and_texts_are_refused(checkpoint, tmp_path
 
 def test_bf16_runs_and_keeps_its_cache_in_bf16(checkpoint):
     rough = HunyuanMoE.from_hf(checkpoint, compute="bfloat16")
-    assert rough.weights.precision.compute_dtype == jnp.bfloat16
+    assert rough.weights.served.precision.compute_dtype == jnp.bfloat16
     assert len(rough.generate(PROMPTS[:1], max_tokens=4)[0]) <= 4
 
 
@@ -145,6 +146,6 @@ def test_matrices_in_the_compute_format_give_what_wider_ones_give(checkpoint):
 def test_a_run_is_a_model_too(tmp_path):
     small_run(tmp_path / "run", tmp_path / "corpus", "training.steps=3", "optimizer.warmup_steps=1")
     model = HunyuanMoE.from_hf(tmp_path / "run")
-    params, _ = TrainedModel(tmp_path / "run").restore(model.weights.layout)
+    params, _ = TrainedModel(tmp_path / "run").restore(model.weights.served.layout)
     np.testing.assert_array_equal(params["embedding_VD"], model.weights.params["embedding_VD"])
     assert isinstance(model.generate("Line 3 says", max_tokens=5), str)

@@ -106,7 +106,7 @@ def test_experts_without_tokens_are_named_and_rounded(checkpoint, folders, tmp_p
 
 def test_it_is_served_without_being_told_its_format(folders):
     quantized = HunyuanMoE.from_hf(folders["int4"])
-    assert quantized.weights.precision.frozen == "int4"
+    assert quantized.weights.served.precision.frozen == "int4"
     matrices = jax.tree.leaves(quantized.weights.params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
     assert any(isinstance(x, QuantizedWeight) for x in matrices)
 
