@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,18 @@ def platform() -> str:
     """ "cpu" or "gpu": what backends named "auto" are chosen for."""
     target = _described.get()
     return target.platform if target else jax.default_backend()
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has products of bfloat16 (AVX512-BF16, AMX, Arm's BF16); taken for granted where
+    Linux does not tell."""
+    told = Path("/proc/cpuinfo")
+    if not told.exists():
+        return True
+    lines = [line.partition(":") for line in told.read_text().splitlines()]
+    flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
+    return not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def shared_memory() -> int:

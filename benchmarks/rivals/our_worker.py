@@ -33,7 +33,7 @@ def trainer(config: ModelConfig, job: Job) -> Take:
 
 
 def drawn(served: Served) -> Weights:
-    """With arrays of its own for each group of layers, as of a checkpoint: a model would make the stacks of all first."""
+    """With arrays of its own for each group of layers, as of a checkpoint: a model makes the stacks of all first."""
     rngs = nnx.Rngs(0)
 
     def draw(spec: ParameterSpec, x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -4,6 +4,9 @@ On CPU XLA hands a product to YNNPACK, which has bfloat16's own instructions, on
 float32 and its first operand is not transposed (xla/backends/cpu/ynn_support.cc). All others go to Eigen, bfloat16
 widened to float32 beforehand, and take twice as long. A transposed operand of float32 Eigen takes as it is, in less
 time than transposing it takes.
+
+A processor without those instructions takes longer for bfloat16 than for float32. There operands of many rows are
+widened, and one row is multiplied without XLA's products at all (`row_product`).
 """
 
 import math
@@ -14,12 +17,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from parallel.platform import platform
+from moe.ops.bits import as_bits, from_bits
+from parallel.made_again import made_again
+from parallel.platform import multiplies_bfloat16, platform
 
 PRODUCT = "product"
 """The name of results whose sums were wider, for rematerialisation."""
 
 _TILE = 32
+_MANY_ROWS = 64
+"""From which on widening a matrix costs less than it saves."""
+_ROWS_TOGETHER = 4
+"""Rows of a matrix in one turn of `row_product`: of fewer the turns themselves take long, of more the code is slow."""
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -43,6 +52,12 @@ def weight_einsum(spec: str, x: jax.Array, w: jax.Array, *, local: bool) -> jax.
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(spec: str, local: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+    own, weight, out = _letters(spec)
+    summed = "".join(axis for axis in own if axis not in out)
+    one_row = x.size == math.prod(w.shape[: len(summed)]) and weight.startswith(summed) and own.endswith(summed)
+    if local and one_row and x.dtype == jnp.bfloat16 and not multiplies_bfloat16():
+        y_F = row_product(x.reshape(-1), w.reshape(x.size, -1))
+        return y_F.astype(x.dtype).reshape(*x.shape[: len(own) - len(summed)], *w.shape[len(summed) :])
     return einsum(spec, x, w)
 
 
@@ -67,9 +82,9 @@ def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, local: bool) -> j
         return wide_einsum(f"{own},{out}->{weight}", x, dy)
     shared = [axis for axis in own if axis in out]
     rows = math.prod(x.shape[: len(shared)])
-    x_RD, dy_RF = x.reshape(rows, -1), dy.reshape(rows, -1)
+    x_RD, dy_RF = operand(x.reshape(rows, -1)), operand(dy.reshape(rows, -1))
     in_order = weight.startswith(own[len(shared) :])
-    if is_transposed_first(x.dtype):
+    if is_transposed_first(x_RD.dtype):
         dw = jnp.dot(transposed(x_RD), dy_RF, preferred_element_type=jnp.float32)
         dw = dw if in_order else transposed(dw)
     else:
@@ -81,7 +96,13 @@ def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, local: bool) -> j
 
 def is_transposed_first(dtype: DTypeLike) -> bool:
     """Whether a product over rows is faster if its first operand has been transposed in memory."""
-    return platform() == "cpu" and dtype == jnp.bfloat16
+    return platform() == "cpu" and dtype == jnp.bfloat16 and multiplies_bfloat16()
+
+
+def operand(x: jax.Array) -> jax.Array:
+    """As a product of many rows takes it: bfloat16 widened on a CPU that has no products of it."""
+    widens = x.dtype == jnp.bfloat16 and platform() == "cpu" and not multiplies_bfloat16()
+    return x.astype(jnp.float32) if widens else x
 
 
 def _letters(spec: str) -> tuple[str, str, str]:
@@ -93,13 +114,42 @@ def _letters(spec: str) -> tuple[str, str, str]:
 def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """jnp.einsum(spec, a, b), summed and left in float32."""
     multiply = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    if platform() != "cpu" or a.dtype != jnp.bfloat16:
+        return multiply(a, b)
     own, other, out = _letters(spec)
     rows = [axis for axis in own if axis not in other]
-    if platform() != "cpu" or a.dtype != jnp.bfloat16 or not rows or any(a.shape[own.index(r)] > 1 for r in rows):
+    num_rows = math.prod(a.shape[own.index(axis)] for axis in rows)
+    if num_rows >= _MANY_ROWS and not multiplies_bfloat16():
+        # A checkpoint shall not keep this sum, wide as its operands are: what it keeps is the rounded result.
+        return made_again(lambda a, b: multiply(operand(a), operand(b)))(a, b)
+    if num_rows > 1 or not rows:
         return multiply(a, b)
     # Of a product of one row XLA widens the matrix beforehand, which takes five times as long as another row.
     y = multiply(jnp.concatenate([a, a], own.index(rows[0])), b)
     return jax.lax.slice_in_dim(y, 0, 1, axis=out.index(rows[0]))
+
+
+def row_product(x_D: jax.Array, w: jax.Array, place: tuple[jax.Array, ...] = ()) -> jax.Array:
+    """f32[F], the product with the matrix w[place], [D, F], read where it stands, a few rows after the other.
+
+    XLA's CPU backend makes a product only of a matrix in a buffer of its own, and to copy one, or to widen it, takes
+    longer than to multiply one row by it.
+
+    Args:
+        w: [..., D, F], of x's dtype; bfloat16 may be given as its bits.
+        place: i32, of the axes before D and F.
+    """
+    D, F = w.shape[-2:]
+    together, wide_D, w = math.gcd(D, _ROWS_TOGETHER), x_D.astype(jnp.float32), as_bits(w)
+
+    def add(i, y_F):
+        for d in range(together):
+            row = jax.lax.dynamic_slice(w, (*place, i * together + d, 0), (*[1] * len(place), 1, F))
+            y_F += wide_D[i * together + d] * from_bits(row.reshape(F), x_D.dtype).astype(jnp.float32)
+        return y_F
+
+    # The number of turns is known, so that none asks whether it is the last.
+    return jax.lax.fori_loop(0, D // together, add, jnp.zeros(F, jnp.float32))
 
 
 def transposed(x_RD: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from moe.ops.grouped_matmul import grouped_matmul
-from parallel.platform import SHARED_MEMORY, compiling_for, platform, shared_memory
+from parallel.platform import SHARED_MEMORY, compiling_for, multiplies_bfloat16, platform, shared_memory
 
 
 def test_the_described_platform_counts_inside_only():
@@ -40,3 +42,19 @@ def test_automatic_backends_follow_it():
     assert "pallas_call" not in traced()
     with compiling_for("gpu"):
         assert "pallas_call" in traced()
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("model name\t: bf16\nflags\t\t: fpu avx2 avx512f\n", False),
+        (None, True),
+    ],
+)
+def test_products_of_bfloat16_are_what_linux_tells(monkeypatch, told, expected):
+    monkeypatch.setattr(Path, "exists", lambda _: told is not None)
+    monkeypatch.setattr(Path, "read_text", lambda _: told)
+    assert multiplies_bfloat16.__wrapped__() is expected

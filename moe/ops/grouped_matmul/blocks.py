@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.in_stack import InStack
+from moe.ops.matmul import operand
 
 HEIGHTS = (32, 64, 96, 128, 192, 256)
 """Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
@@ -109,7 +110,7 @@ def put(all_RF: jax.Array, first: jax.Array, block_bF: jax.Array, mine_b: jax.Ar
 
 def multiply(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: DTypeLike) -> jax.Array:
     dims = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=summed_in(dtype)).astype(dtype)
+    return jax.lax.dot_general(operand(a), operand(b), dims, preferred_element_type=summed_in(dtype)).astype(dtype)
 
 
 def summed_in(dtype: DTypeLike) -> DTypeLike:

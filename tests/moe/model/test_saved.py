@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import moe.model.block
+import moe.ops.matmul
 from moe.model.config import ConfigError, ModelConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.precision import FULL, Precision
@@ -47,7 +48,10 @@ def size(found: list[jax.ShapeDtypeStruct]) -> int:
 
 @pytest.mark.parametrize("remat", ["none", "matmuls", "matmuls_fp8", "full"])
 @pytest.mark.parametrize("gate", ["after", "before"])
-def test_no_wide_activation_is_saved_where_compute_is_bfloat16(remat, gate):
+@pytest.mark.parametrize("processor", [True, False], ids=["with products of bfloat16", "without"])
+def test_no_wide_activation_is_saved_where_compute_is_bfloat16(remat, gate, processor, monkeypatch):
+    monkeypatch.setattr(moe.ops.matmul, "multiplies_bfloat16", lambda: processor)
+    monkeypatch.setattr(moe.ops.matmul, "_MANY_ROWS", 1)
     assert not wide_activations(saved(remat=remat, gate=gate))
 
 

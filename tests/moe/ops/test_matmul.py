@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.ops.matmul import einsum, transposed, weight_einsum, weight_gradient, wide_einsum
+from moe.ops import matmul
+from moe.ops.bits import as_bits
+from moe.ops.matmul import einsum, row_product, transposed, weight_einsum, weight_gradient, wide_einsum
 from parallel.platform import compiling_for
 from tests.closeness import assert_trees_equal_to_scale
 
@@ -26,6 +28,13 @@ def with_gradients(function, x, w, dy):
     return y, *pullback(dy)
 
 
+@pytest.fixture(params=[True, False], ids=["with products of bfloat16", "without"])
+def processor(request, monkeypatch):
+    """Whether it has products of bfloat16."""
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("spec", SPECS)
 def test_values_and_gradients_are_einsums(spec, local):
@@ -43,7 +52,7 @@ def test_values_and_gradients_are_einsums(spec, local):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_bfloat16_is_summed_in_float32_and_rounded_once(spec):
+def test_bfloat16_is_summed_in_float32_and_rounded_once(spec, processor):
     x, w, dy = arrays(spec, jnp.bfloat16)
     exact = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
     y, dx, dw = with_gradients(lambda x, w: weight_einsum(spec, x, w, local=True), x, w, dy)
@@ -64,10 +73,11 @@ def multiplied(function, *given) -> list[set[str]]:
     return [{formats[a], formats[b]} for a, b in re.findall(r" dot\(%(\S+), %(\S+)\)", text)]
 
 
-def test_no_product_of_bfloat16_is_widened_beforehand():
+def test_products_of_bfloat16_are_widened_where_the_processor_has_none(processor, monkeypatch):
+    monkeypatch.setattr(matmul, "_MANY_ROWS", 24)
     given = arrays("BTD,DF->BTF", jnp.bfloat16)
     step = partial(with_gradients, lambda x, w: weight_einsum("BTD,DF->BTF", x, w, local=True))
-    assert multiplied(step, *given) == [{"bf16"}] * 3
+    assert multiplied(step, *given) == [{"bf16" if processor else "f32"}] * 3
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA multiplies bfloat16 by itself")
@@ -96,3 +106,30 @@ def test_one_row_of_bfloat16_is_multiplied_as_several_are(spec):
     assert (found.dtype, found.shape) == (jnp.float32, exact.shape)
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
     assert multiplied(partial(wide_einsum, spec), x, w) == [{"bf16"}]
+
+
+@pytest.mark.parametrize("spec", ["BTD,DF->BTF", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV"])
+def test_one_row_by_a_weight_is_no_product_where_the_processor_has_none_of_bfloat16(spec, processor):
+    own, other, _ = re.split(",|->", spec)
+    random, sizes = np.random.default_rng(0), SIZES | {"B": 1, "T": 1}
+    x, w = (jnp.asarray(random.normal(size=[sizes[a] for a in axes]), jnp.bfloat16) for axes in (own, other))
+    found = weight_einsum(spec, x, w, local=True)
+    exact = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
+    assert (found.dtype, found.shape) == (jnp.bfloat16, exact.shape)
+    np.testing.assert_allclose(found, exact, atol=2**-8 * np.abs(exact).max())
+    products = multiplied(lambda x, w: weight_einsum(spec, x, w, local=True), x, w)
+    # A weight whose last axis is summed over is left to XLA.
+    assert products == ([{"bf16"}] if processor or spec.endswith("V") else [])
+
+
+@pytest.mark.parametrize("depth", [1, 7, 64])
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "bits"])
+def test_a_row_by_a_matrix_where_it_stands(depth, given):
+    random, dtype = np.random.default_rng(0), "float32" if given == "float32" else "bfloat16"
+    x_D = jnp.asarray(random.normal(size=depth), dtype)
+    w_LEDF = jnp.asarray(random.normal(size=(2, 3, depth, 5)), dtype)
+    exact = np.asarray(x_D, np.float64) @ np.asarray(w_LEDF[1, 2], np.float64)
+    stack = as_bits(w_LEDF) if given == "bits" else w_LEDF
+    found = jax.jit(row_product)(x_D, stack, (jnp.int32(1), jnp.int32(2)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())

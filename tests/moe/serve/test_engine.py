@@ -97,7 +97,7 @@ def test_a_prefills_keys_and_values_go_to_their_slots_and_to_no_other_device(mes
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", write.as_text())
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2)], ids=str)
+@pytest.mark.parametrize("mesh", [None, pytest.param(MeshConfig(data=2, expert=2), marks=pytest.mark.slow)], ids=str)
 def test_after_a_warm_up_only_longer_prompts_are_compiled_for(checkpoint, mesh):
     engine = Engine(HunyuanMoE.from_hf(checkpoint, mesh=mesh).weights, slots=4, max_length=32)
     engine.warm_up()

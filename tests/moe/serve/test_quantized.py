@@ -44,7 +44,7 @@ def test_a_trained_models_logits_stay_close(run, expected, weights, limit):
     ("weights", "mesh"),
     [
         pytest.param("int4", MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
-        ("int8", MeshConfig(data=2, expert=2, tensor=2)),
+        pytest.param("int8", MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

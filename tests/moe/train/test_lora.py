@@ -141,6 +141,7 @@ def test_what_waits_on_the_hosts_changes_no_number():
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim} == {"pinned_host"}
 
 
+@pytest.mark.slow
 def test_dropout_draws_anew_each_step_and_not_in_evaluation():
     blueprint = blueprint_of(optimizer=optax.scale(0.0))
     state = adapted(blueprint.create_state(seed=0))

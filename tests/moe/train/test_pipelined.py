@@ -33,10 +33,10 @@ MODELS = {
     "recycled": dataclasses.replace(MODEL, num_layers=4, router=RouterConfig(capacity_factor=1.0, overflow="recycle")),
     "dense": dataclasses.replace(MODEL, num_layers=4, num_experts=0, d_expert=0, d_dense=8, num_shared_experts=0),
 }
-QUICK = [("first dense", MeshConfig(stage=2, expert=2), LayoutConfig(), 1)]
+QUICK = [("2 layers", MeshConfig(stage=2), LayoutConfig(), 1)]
 SLOW = [
+    ("first dense", MeshConfig(stage=2, expert=2), LayoutConfig(), 1),
     ("4 layers", MeshConfig(stage=2), LayoutConfig(), 2),
-    ("2 layers", MeshConfig(stage=2), LayoutConfig(), 1),
     ("4 layers", MeshConfig(stage=4), LayoutConfig(), 1),
     ("8 layers", MeshConfig(stage=8), LayoutConfig(), 1),
     ("8 layers", MeshConfig(stage=4), LayoutConfig(), 2),

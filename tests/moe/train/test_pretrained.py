@@ -65,6 +65,7 @@ def test_a_run_begins_with_the_weights_it_was_given(exported, tmp_path):
     assert outcome.finished
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_selection_biases_it_was_given(tmp_path):
     small_run(tmp_path / "first", tmp_path / "corpus", "model.router.balance=bias", "training.steps=3")
     begins = f"init_from={tmp_path / 'first'}"

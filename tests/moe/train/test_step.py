@@ -90,7 +90,7 @@ def without_wire(told):
     return gradients, metrics._replace(layers=metrics.layers._replace(wire_bytes_L=None, across_bytes_L=None)), balance
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=4)], ids=str)
+@pytest.mark.parametrize("mesh", [None, pytest.param(MeshConfig(data=2, expert=4), marks=pytest.mark.slow)], ids=str)
 def test_a_step_is_compiled_once(mesh):
     blueprint = dataclasses.replace(blueprint_of(ROUTERS["dropless"], mesh), optimizer=optax.adam(1e-3))
     step, state = make_train_step(blueprint, seed=0, loss_chunk=10), blueprint.create_state(seed=0)
@@ -100,7 +100,7 @@ def test_a_step_is_compiled_once(mesh):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dropless", "bias"))) for name in ROUTERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "capacity")) for name in ROUTERS]
 )
 def test_eight_devices_give_the_loss_and_gradients_of_one(name):
     spread = one_step(blueprint_of(ROUTERS[name], MeshConfig(data=2, expert=4)))

@@ -117,7 +117,7 @@ SMALL = ModelConfig(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"cla_factor": 4, "router": RouterConfig(top_k=3)},
+        pytest.param({"cla_factor": 4, "router": RouterConfig(top_k=3)}, marks=pytest.mark.slow),
         pytest.param({"tie_embeddings": False, "qk_norm": "none"}, marks=pytest.mark.slow),
         pytest.param({"num_shared_experts": 0, "rope": RopeConfig(ntk_alpha=1.0)}, marks=pytest.mark.slow),
         pytest.param({"num_experts": 0, "d_dense": 20}, marks=pytest.mark.slow),
