@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
-from parallel.made_again import made_again
 from parallel.platform import multiplies_bfloat16, platform
 
 PRODUCT = "product"
@@ -119,9 +118,8 @@ def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     own, other, out = _letters(spec)
     rows = [axis for axis in own if axis not in other]
     num_rows = math.prod(a.shape[own.index(axis)] for axis in rows)
-    if num_rows >= _MANY_ROWS and not multiplies_bfloat16():
-        # A checkpoint shall not keep this sum, wide as its operands are: what it keeps is the rounded result.
-        return made_again(lambda a, b: multiply(operand(a), operand(b)))(a, b)
+    if num_rows >= _MANY_ROWS:
+        return multiply(operand(a), operand(b))
     if num_rows > 1 or not rows:
         return multiply(a, b)
     # Of a product of one row XLA widens the matrix beforehand, which takes five times as long as another row.

@@ -23,7 +23,6 @@ from moe.ops.grouped_matmul.blocks import (
 )
 from moe.ops.grouped_matmul.in_stack import InStack, alone
 from moe.ops.matmul import is_transposed_first, row_product, transposed, wide_einsum
-from moe.ops.quantize import QuantizedWeight
 
 
 def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -81,15 +80,16 @@ def _few_rows_product(
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
     stack = w_EDF if isinstance(w_EDF, InStack) else alone(w_EDF)
     stands: Any = stack.stack_LEDF
-    whole = contract_w == 1 or isinstance(stands, QuantizedWeight)
+    # Of another format it is quantized, or rounded for the product.
+    in_place = contract_w == 0 and isinstance(stands, jax.Array) and as_bits(stands).dtype == as_bits(x_RD).dtype
 
     def row(r, y_RF):
         x_1D, e = from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), r, 1), x_RD.dtype), (ends_E <= r).sum()
-        if whole:
+        if in_place:
+            y_1F = row_product(x_1D[0], stands, (stack.layer, e))[None]
+        else:
             spec = "RF,DF->RD" if contract_w else "RD,DF->RF"
             y_1F = wide_einsum(spec, x_1D, stack.matrices(e, x_RD.dtype))
-        else:
-            y_1F = row_product(x_1D[0], stands, (stack.layer, e))[None]
         return jax.lax.dynamic_update_slice_in_dim(y_RF, as_bits(y_1F.astype(dtype)), r, 0)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))

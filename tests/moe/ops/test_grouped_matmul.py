@@ -195,3 +195,18 @@ def test_a_backend_that_reads_no_stacks_says_so():
     matrices = InStack(jnp.zeros((4, 2, D, F)), jnp.int32(0), None)
     with pytest.raises(ValueError, match="'ragged' reads no stacks: use `grouped_matmul`"):
         grouped_matmul_in_stack(jnp.zeros((8, D)), matrices, jnp.zeros(2, jnp.int32), backend="ragged")
+
+
+def test_few_rows_are_multiplied_by_matrices_rounded_to_their_format():
+    x_RD = jax.random.normal(jax.random.key(0), (2, 12)).astype(jnp.bfloat16)
+    stack_LEDF = jax.random.normal(jax.random.key(1), (2, 4, 12, 5))
+    sizes_E = jnp.array([0, 1, 0, 1])
+    wide, narrow = (
+        grouped_matmul_in_stack(x_RD, InStack(stack, jnp.int32(1), None), sizes_E, backend="blocked")[0]
+        for stack in (stack_LEDF, stack_LEDF.astype(jnp.bfloat16))
+    )
+    exact = np.stack(
+        [np.asarray(x, np.float64) @ np.asarray(w) for x, w in zip(x_RD, stack_LEDF[1, 1::2], strict=True)]
+    )
+    np.testing.assert_array_equal(wide, narrow)
+    np.testing.assert_allclose(np.asarray(wide, np.float64), exact, atol=2**-6 * np.abs(exact).max())
