@@ -40,11 +40,8 @@ def test_a_prompts_row_is_on_the_device_of_its_slot(shards, slots_of_one, data):
     assert all(on_each[i] == room[i] for i in range(shards) if on_each[i] < on_each.max() - 1)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(MeshConfig(data=2, tensor=2), marks=pytest.mark.slow), MeshConfig(replica=2, data=2, expert=2)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, tensor=2), MeshConfig(replica=2, data=2, expert=2)], ids=str)
 def test_texts_that_come_and_go_on_a_mesh_are_those_of_one_device(checkpoint, mesh):
     alone, spread = (
         Engine(HunyuanMoE.from_hf(checkpoint, mesh=each).weights, slots=8, max_length=32) for each in (None, mesh)

@@ -108,6 +108,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(undistu
     assert_same_end(path, folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_stop_the_run(folder, monkeypatch):
     path = folder / "diverged"
     small_run(path, folder, "training.steps=12")

@@ -112,7 +112,8 @@ def test_eight_devices_give_the_gradients_of_one(mesh, frozen, config):
     assert_trees_equal_to_scale(gradients(mesh, frozen, config), gradients(None, frozen))
 
 
-@pytest.mark.parametrize("frozen", [pytest.param(None, marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [None, "int8"])
 def test_merging_changes_nothing_but_rounding(frozen):
     blueprint = blueprint_of(frozen=frozen)
     state = adapted(blueprint.create_state(seed=0))

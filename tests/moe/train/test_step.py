@@ -181,7 +181,8 @@ def whole_batch():
     return one_step(blueprint_of(UNBALANCED))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), MeshConfig(data=2, expert=2)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, expert=2)], ids=str)
 def test_microbatches_add_up_to_the_batch(mesh):
     whole = whole_batch()
     parts = one_step(blueprint_of(UNBALANCED, mesh), microbatches=4)
@@ -210,6 +211,7 @@ def test_bias_balancing_evens_the_load():
     assert loads[-1] - even < 0.5 * (loads[0] - even)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_loss_before_the_step():
     blueprint = blueprint_of(ROUTERS["dropless"], MeshConfig(data=2, expert=4))
     loss, tokens = make_evaluation_step(blueprint)(
