@@ -26,8 +26,9 @@ PRODUCT = "product"
 _TILE = 32
 _MANY_ROWS = 64
 """From which on widening a matrix costs less than it saves."""
-_ROWS_TOGETHER = 4
-"""Rows of a matrix in one turn of `row_product`: of fewer the turns themselves take long, of more the code is slow."""
+_ROWS_TOGETHER = {4: 8, 2: 4}
+"""Rows of a matrix in one turn of `row_product`, by bytes of a number: of fewer the turns themselves take long, of more
+the code is slow."""
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -134,11 +135,13 @@ def row_product(x_D: jax.Array, w: jax.Array, place: tuple[jax.Array, ...] = ())
     longer than to multiply one row by it.
 
     Args:
+        x_D: float32 or bfloat16.
         w: [..., D, F], of x's dtype; bfloat16 may be given as its bits.
         place: i32, of the axes before D and F.
     """
     D, F = w.shape[-2:]
-    together, wide_D, w = math.gcd(D, _ROWS_TOGETHER), x_D.astype(jnp.float32), as_bits(w)
+    together = math.gcd(D, _ROWS_TOGETHER[x_D.dtype.itemsize])
+    wide_D, w = x_D.astype(jnp.float32), as_bits(w)
 
     def add(i, y_F):
         for d in range(together):

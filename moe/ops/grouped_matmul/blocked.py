@@ -81,7 +81,8 @@ def _few_rows_product(
     stack = w_EDF if isinstance(w_EDF, InStack) else alone(w_EDF)
     stands: Any = stack.stack_LEDF
     # Of another format it is quantized, or rounded for the product.
-    in_place = contract_w == 0 and isinstance(stands, jax.Array) and as_bits(stands).dtype == as_bits(x_RD).dtype
+    same = isinstance(stands, jax.Array) and as_bits(stands).dtype == as_bits(x_RD).dtype
+    in_place = same and contract_w == 0 and x_RD.dtype in (jnp.float32, jnp.bfloat16)
 
     def row(r, y_RF):
         x_1D, e = from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), r, 1), x_RD.dtype), (ends_E <= r).sum()
