@@ -55,7 +55,7 @@ def _einsum(spec: str, local: bool, x: jax.Array, w: jax.Array) -> jax.Array:
     own, weight, out = _letters(spec)
     summed = "".join(axis for axis in own if axis not in out)
     one_row = x.size == math.prod(w.shape[: len(summed)]) and weight.startswith(summed) and own.endswith(summed)
-    if local and one_row and x.dtype == jnp.bfloat16 and not multiplies_bfloat16():
+    if local and one_row and _is_slower_than_wide(x.dtype):
         y_F = row_product(x.reshape(-1), w.reshape(x.size, -1))
         return y_F.astype(x.dtype).reshape(*x.shape[: len(own) - len(summed)], *w.shape[len(summed) :])
     return einsum(spec, x, w)
@@ -96,13 +96,16 @@ def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, local: bool) -> j
 
 def is_transposed_first(dtype: DTypeLike) -> bool:
     """Whether a product over rows is faster if its first operand has been transposed in memory."""
-    return platform() == "cpu" and dtype == jnp.bfloat16 and multiplies_bfloat16()
+    return platform() == "cpu" and dtype == jnp.bfloat16 and not _is_slower_than_wide(dtype)
 
 
 def operand(x: jax.Array) -> jax.Array:
     """As a product of many rows takes it: bfloat16 widened on a CPU that has no products of it."""
-    widens = x.dtype == jnp.bfloat16 and platform() == "cpu" and not multiplies_bfloat16()
-    return x.astype(jnp.float32) if widens else x
+    return x.astype(jnp.float32) if _is_slower_than_wide(x.dtype) else x
+
+
+def _is_slower_than_wide(dtype: DTypeLike) -> bool:
+    return platform() == "cpu" and dtype == jnp.bfloat16 and not multiplies_bfloat16()
 
 
 def _letters(spec: str) -> tuple[str, str, str]:
