@@ -116,8 +116,10 @@ def _letters(spec: str) -> tuple[str, str, str]:
 
 def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """jnp.einsum(spec, a, b), summed and left in float32."""
-    multiply = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
-    if platform() != "cpu" or a.dtype != jnp.bfloat16:
+    if platform() != "cpu":
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    multiply = partial(_einsum_as_it_stands, spec)
+    if a.dtype != jnp.bfloat16:
         return multiply(a, b)
     own, other, out = _letters(spec)
     rows = [axis for axis in own if axis not in other]
@@ -129,6 +131,22 @@ def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # Of a product of one row XLA widens the matrix beforehand, which takes five times as long as another row.
     y = multiply(jnp.concatenate([a, a], own.index(rows[0])), b)
     return jax.lax.slice_in_dim(y, 0, 1, axis=out.index(rows[0]))
+
+
+def _einsum_as_it_stands(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """jnp.einsum(spec, a, b) in float32, summed over axes in the order in which b has them. jnp's own takes them in the
+    alphabet's, H before N, and XLA's CPU backend turns both factors around for it."""
+    own, other, out = _letters(spec)
+    batch = [axis for axis in other if axis in own and axis in out]
+    summed = [axis for axis in other if axis in own and axis not in out]
+
+    def places(axes: list[str]) -> tuple[list[int], list[int]]:
+        return [own.index(axis) for axis in axes], [other.index(axis) for axis in axes]
+
+    with jax.named_scope(spec):
+        y = jax.lax.dot_general(a, b, (places(summed), places(batch)), preferred_element_type=jnp.float32)
+        made = [*batch, *(axis for axis in own + other if axis not in (*batch, *summed))]
+        return y.transpose([made.index(axis) for axis in out])
 
 
 def row_product(x_D: jax.Array, w: jax.Array, place: tuple[jax.Array, ...] = ()) -> jax.Array:

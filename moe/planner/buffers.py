@@ -277,7 +277,7 @@ def _telling(instruction: Instruction) -> int:
 
 
 def _argument_part(path: str) -> Part:
-    """By JAX's name of the argument: state.params['…'], state.opt_state[1].mu['…'], cache.k_BGSMH, batch.tokens_BT."""
+    """By JAX's name of the argument: state.params['…'], state.opt_state[1].mu['…'], cache.stacks[0].keys, batch.…"""
     path = path.removeprefix("state.")
     if path.startswith("opt_state"):
         return "optimizer_states"

@@ -318,11 +318,9 @@ def _written(cache: KVCache, new: KVCache, places_B: jax.Array, layout: Layout) 
     """The cache with rows of new texts in their slots, from its first tokens on. None leaves its device."""
 
     def write(cache: KVCache, new: KVCache, places_B: jax.Array) -> KVCache:
-        slots, T = cache.stacks[0].k_BGSMH.shape[0], new.num_slots
-        places_B = places_B - layout.first_over(BATCH_AXES, slots)
+        places_B = places_B - layout.first_over(BATCH_AXES, cache.num_rows)
         # A negative place would count from the end.
-        places_B = jnp.where(places_B < 0, slots, places_B)
-        return jax.tree.map(lambda old, new: old.at[places_B, :, :T].set(new, mode="drop"), cache, new)
+        return cache.with_rows(new, jnp.where(places_B < 0, cache.num_rows, places_B))
 
     if layout.mesh is None:
         return write(cache, new, places_B)

@@ -77,6 +77,7 @@ def test_each_stage_of_zero_shares_out_one_thing_more(layout, zero):
         ("BTNH", P(BATCH, ("sequence",), ("tensor",), None)),
         ("BSNH", P(BATCH, None, ("tensor", "sequence"), None)),
         ("BGSMH", P(BATCH, None, None, ("tensor", "sequence"), None)),
+        ("BMGSH", P(BATCH, ("tensor", "sequence"), None, None, None)),
     ],
 )
 def test_activations(layout, axes, spec):

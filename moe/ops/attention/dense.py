@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.attention.view import View
+from moe.ops.matmul import wide_einsum
 
 
 def dense_attention(
@@ -14,8 +15,14 @@ def dense_attention(
     repeated."""
     B, T, N, H = q_BTNH.shape
     M = k_BSMH.shape[2]
-    q_BTMGH = q_BTNH.reshape(B, T, M, N // M, H)
-    scores_BMGTS = jnp.einsum("BTMGH,BSMH->BMGTS", q_BTMGH, k_BSMH, preferred_element_type=softmax) * H**-0.5
+    q_BMGTH = jnp.moveaxis(q_BTNH.reshape(B, T, M, N // M, H), 1, 3)
+    k_BMSH, v_BMSH = (jnp.swapaxes(x_BSMH, 1, 2) for x_BSMH in (k_BSMH, v_BSMH))
+    # As second factors keys are turned around by XLA's CPU backend. Of few queries it is less to turn the scores.
+    if T * N // M < H:
+        scores_BMGTS = jnp.moveaxis(wide_einsum("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH), 2, -1)
+    else:
+        scores_BMGTS = wide_einsum("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
+    scores_BMGTS = scores_BMGTS.astype(softmax) * H**-0.5
     allowed_B11TS = view.mask()[:, None, None]
     # exp of a hidden score is replaced, not only its argument: a row without any visible key must sum to exactly 0.
     scores_BMGTS = jnp.where(allowed_B11TS, scores_BMGTS, jnp.finfo(softmax).min)
@@ -23,4 +30,5 @@ def dense_attention(
     weights_BMGTS = jnp.where(allowed_B11TS, jnp.exp(scores_BMGTS - largest_BMGT1), 0)
     total_BMGT1 = weights_BMGTS.sum(-1, keepdims=True, dtype=jnp.float32).astype(softmax)
     weights_BMGTS = (weights_BMGTS / jnp.where(total_BMGT1 == 0, 1, total_BMGT1)).astype(q_BTNH.dtype)
-    return jnp.einsum("BMGTS,BSMH->BTMGH", weights_BMGTS, v_BSMH).reshape(B, T, N, H)
+    y_BMGTH = jnp.einsum("BMGTS,BMSH->BMGTH", weights_BMGTS, v_BMSH)
+    return jnp.moveaxis(y_BMGTH, 3, 1).reshape(B, T, N, H)

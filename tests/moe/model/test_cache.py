@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.model.cache import empty_cache
+from moe.model import cache as cache_module
+from moe.model.cache import cache_axes, empty_cache
 from moe.model.config import ModelConfig, RopeConfig, RouterConfig
 from moe.model.execution import Execution
 from moe.model.precision import FULL
@@ -48,7 +50,8 @@ def test_ragged_prompts_then_single_tokens_give_the_recomputed_hidden_states(cha
     for b, length in enumerate(lengths_B):
         np.testing.assert_allclose(output.hidden_BTD[b, :length], expected_BTD[b, :length], atol=1e-5)
 
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 5), (0, 0), (0, 0))), output.cache)
+    more_slots = [(0, 5 if axis == "S" else 0) for axis in cache_axes()]
+    cache = jax.tree.map(lambda x: jnp.pad(x, more_slots), output.cache)
     step = jax.jit(lambda tokens_B1, slots_B1, cache: model(tokens_B1, slots_B1, cache=cache))
     for taken in range(5):
         slots_B1 = (lengths_B + taken)[:, None]
@@ -56,6 +59,26 @@ def test_ragged_prompts_then_single_tokens_give_the_recomputed_hidden_states(cha
         cache = output.cache
         for b, slot in enumerate(slots_B1[:, 0]):
             np.testing.assert_allclose(output.hidden_BTD[b, 0], expected_BTD[b, slot], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [2, 4], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_text_is_turned_around_or_copied_for_its_next_token(rows, num_heads, monkeypatch):
+    config = dataclasses.replace(SMALL, num_heads=num_heads, num_layers=2)
+    model = Transformer(config, FULL, Execution(), rngs=nnx.Rngs(0))
+    model.unroll()
+    token_B1, slot_B1 = jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), 40)
+
+    def moved() -> bool:
+        cache = empty_cache(config, rows, 97, jnp.float32, unrolled=True)
+        step = jax.jit(lambda *given, cache: model(*given, cache=cache), donate_argnames="cache")
+        text = step.lower(token_B1, slot_B1, cache=cache).compile().as_text()
+        shapes = re.findall(r"= f32\[([\d,]*)\]\S* (?:transpose|copy)\(", text)
+        return any({"97", str(config.head_dim)} <= set(shape.split(",")) for shape in shapes)
+
+    assert not moved()
+    monkeypatch.setattr(cache_module, "cache_axes", lambda: "BGSMH")
+    assert moved()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +109,7 @@ def test_each_token_and_head_keeps_the_nearest_values_to_a_scale_of_its_own(form
     (cache,) = empty_cache(config, 2, 5, jnp.float32, format=format).stacks
     start_B = jnp.array([0, 2])
     k_BSMH, v_BSMH, (cache, _) = cache.group(jnp.int32(0)).append(jnp.asarray(k_BTMH), jnp.asarray(v_BTMH), start_B)
-    assert cache.k_BGSMH.dtype == cache.v_BGSMH.dtype == dtype
+    assert cache.keys.dtype == cache.values.dtype == dtype
     for found_BSMH, given_BTMH in ((k_BSMH, k_BTMH), (v_BSMH, v_BTMH)):
         for b, t, m in np.ndindex(2, 3, 2):
             expected_H = _nearest(given_BTMH[b, t, m], format)

@@ -86,6 +86,18 @@ def test_a_product_that_is_widened_would_be_found():
     assert multiplied(step, *arrays("BTD,DF->BTF", jnp.bfloat16)) == [{"f32"}] * 3
 
 
+def test_factors_are_multiplied_as_they_stand():
+    spec = "BTNH,NHD->BTD"
+    x, w, _ = arrays(spec)
+
+    def transposes(function) -> bool:
+        return " transpose(" in jax.jit(partial(function, spec)).lower(x, w).compile().as_text()
+
+    assert not transposes(wide_einsum)
+    # It sums over H before N.
+    assert transposes(jnp.einsum)
+
+
 def test_elsewhere_than_on_cpu_xla_is_left_alone():
     x, w, _ = arrays("BTD,DF->BTF", jnp.bfloat16)
     with compiling_for("gpu"):

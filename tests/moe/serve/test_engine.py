@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe import HunyuanMoE
-from moe.model.cache import empty_cache
+from moe.model.cache import cache_axes, empty_cache
 from moe.serve.engine import Engine, _written, decode, prefill
 from moe.serve.sampling import Sampling
 from parallel.layout import SINGLE_DEVICE, Layout
@@ -86,11 +86,14 @@ def test_a_prefills_keys_and_values_go_to_their_slots_and_to_no_other_device(mes
     places_B = np.array([1, 2, 8, 7], np.int32)
     write = jax.jit(lambda *given: _written(*given, layout)).lower(cache, new, places_B).compile()
     found = write(cache, new, places_B)
-    expected = np.zeros(cache.stacks[0].k_BGSMH.shape, np.float32)
+    new_BSGMH, found_BSGMH = (
+        np.moveaxis(np.asarray(of.stacks[0].keys), cache_axes().index("S"), 1) for of in (new, found)
+    )
+    expected_BSGMH = np.zeros(found_BSGMH.shape, np.float32)
     for row, slot in enumerate(places_B):
         if slot < 8:
-            expected[slot, :, :3] = new.stacks[0].k_BGSMH[row]
-    np.testing.assert_array_equal(found.stacks[0].k_BGSMH, expected)
+            expected_BSGMH[slot, :3] = new_BSGMH[row]
+    np.testing.assert_array_equal(found_BSGMH, expected_BSGMH)
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", write.as_text())
 
 
