@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
+from moe.ops.places import entry
 from parallel.platform import multiplies_bfloat16, platform
 
 PRODUCT = "product"
@@ -166,8 +167,8 @@ def row_product(x_D: jax.Array, w: jax.Array, place: tuple[jax.Array, ...] = ())
 
     def add(i, y_F):
         for d in range(together):
-            row = jax.lax.dynamic_slice(w, (*place, i * together + d, 0), (*[1] * len(place), 1, F))
-            y_F += wide_D[i * together + d] * from_bits(row.reshape(F), x_D.dtype).astype(jnp.float32)
+            row = entry(w, (*place, i * together + d))
+            y_F += wide_D[i * together + d] * from_bits(row, x_D.dtype).astype(jnp.float32)
         return y_F
 
     # The number of turns is known, so that none asks whether it is the last.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe.ops.attention.view import View, visible
 from moe.ops.matmul import wide_einsum
+from moe.ops.places import slice_of, with_slice
 
 BLOCK = 256
 _HIDDEN = jnp.finfo(jnp.float32).min
@@ -37,11 +38,11 @@ def whole_blocks(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _block(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, index * BLOCK, BLOCK, axis)
+    return slice_of(x, index * BLOCK, BLOCK, axis)
 
 
 def _store(x: jax.Array, block: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, block, index * BLOCK, axis)
+    return with_slice(x, block, index * BLOCK, axis)
 
 
 def _key_blocks(causal: bool, positions_BT: jax.Array, num_blocks: int) -> jax.Array:

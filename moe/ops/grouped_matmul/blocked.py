@@ -23,6 +23,7 @@ from moe.ops.grouped_matmul.blocks import (
 )
 from moe.ops.grouped_matmul.in_stack import InStack, alone
 from moe.ops.matmul import is_transposed_first, row_product, transposed, wide_einsum
+from moe.ops.places import entry, with_slice
 
 
 def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -61,14 +62,14 @@ def rows_product(
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def group(e, y_RF):
-        w_DF, end = matrices(w_EDF, e, x_RD.dtype), ends_E[e]
+        w_DF, end, size = matrices(w_EDF, e, x_RD.dtype), entry(ends_E, (e,)), entry(sizes_E, (e,))
 
         def block(height, row, y_RF):
             x_bD, first = take(x_RD, height, row)
             y_bF = multiply(x_bD, w_DF, 1, contract_w, dtype)
             return put(y_RF, first, y_bF, belong(first, height, row, end))
 
-        return over_blocks(x_RD.shape[0], end - sizes_E[e], sizes_E[e], block, y_RF)
+        return over_blocks(x_RD.shape[0], end - size, size, block, y_RF)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
     return from_bits(jax.lax.fori_loop(0, w_EDF.shape[0], group, y_RF), dtype)
@@ -85,13 +86,13 @@ def _few_rows_product(
     in_place = same and contract_w == 0 and x_RD.dtype in (jnp.float32, jnp.bfloat16)
 
     def row(r, y_RF):
-        x_1D, e = from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), r, 1), x_RD.dtype), (ends_E <= r).sum()
+        x_1D, e = from_bits(entry(as_bits(x_RD), (r,))[None], x_RD.dtype), (ends_E <= r).sum()
         if in_place:
             y_1F = row_product(x_1D[0], stands, (stack.layer, e))[None]
         else:
             spec = "RF,DF->RD" if contract_w else "RD,DF->RF"
             y_1F = wide_einsum(spec, x_1D, stack.matrices(e, x_RD.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(y_RF, as_bits(y_1F.astype(dtype)), r, 0)
+        return with_slice(y_RF, as_bits(y_1F.astype(dtype)), r)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))
     return from_bits(jax.lax.fori_loop(0, ends_E[-1], row, y_RF), dtype)
@@ -118,6 +119,6 @@ def _with_weights_product(
         return nothing, [multiply(x_block, jnp.where(mine_b[:, None], dy_bF, 0), rows_axis, 0, dw_LEDF.dtype)]
 
     def group(e, made):
-        return over_blocks_with_gradients(num_rows, ends_E[e], sizes_E[e], block, made, (layer, e, 0, 0))
+        return over_blocks_with_gradients(num_rows, entry(ends_E, (e,)), entry(sizes_E, (e,)), block, made, (layer, e))
 
     return jax.lax.fori_loop(0, sizes_E.shape[0], group, (None, [dw_LEDF]))[1][0]

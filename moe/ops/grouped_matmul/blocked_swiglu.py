@@ -15,6 +15,7 @@ from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.blocks import belong, multiply, over_blocks, over_blocks_with_gradients, put, take
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import is_transposed_first, transposed
+from moe.ops.places import entry
 from moe.ops.swiglu import swiglu
 
 
@@ -95,7 +96,8 @@ def _through(
     order_E, num_groups = _with_rows(sizes_E)
 
     def group(i, made):
-        e = order_E[i]
+        e = entry(order_E, (i,))
+        end, size = entry(ends_E, (e,)), entry(sizes_E, (e,))
         w_gate_DF, w_up_DF, w_down_FD = network.of_group(e, x_RD.dtype)
 
         def block(height, row, made):
@@ -103,10 +105,10 @@ def _through(
             gate_bF, up_bF = (multiply(x_bD, w_DF, 1, 0, x_RD.dtype) for w_DF in (w_gate_DF, w_up_DF))
             hidden_bF = swiglu(gate_bF, up_bF, None if gates_R is None else take(gates_R, height, row)[0])
             y_bD = multiply(hidden_bF, w_down_FD, 1, 0, x_RD.dtype)
-            mine_b = belong(first, height, row, ends_E[e])
+            mine_b = belong(first, height, row, end)
             return [put(all_, first, part, mine_b) for all_, part in zip(made, (y_bD, gate_bF, up_bF), strict=False)]
 
-        return over_blocks(len(x_RD), ends_E[e] - sizes_E[e], sizes_E[e], block, made)
+        return over_blocks(len(x_RD), end - size, size, block, made)
 
     _, D, F = network.gate_EDF.shape
     made = [as_bits(jnp.zeros((len(x_RD), width), x_RD.dtype)) for width in ((D, F, F) if keeps_products else (D,))]
@@ -122,7 +124,7 @@ def _back(
     order_E, num_groups = _with_rows(sizes_E)
 
     def group(i, made):
-        e = order_E[i]
+        e = entry(order_E, (i,))
         w_DF = network.of_group(e, dtype)
 
         def block(height, row, end, made):
@@ -134,8 +136,8 @@ def _back(
                 dgates_R = put(dgates_R[:, None], first, dgates_b[:, None], mine_b)[:, 0]
             return (put(dx_RD, first, dx_bD, mine_b), dgates_R), [_outer(*factors[n]) for n in trained]
 
-        place = (network.gate_EDF.layer, e, 0, 0)
-        return over_blocks_with_gradients(num_rows, ends_E[e], sizes_E[e], block, made, place)
+        end, size = entry(ends_E, (e,)), entry(sizes_E, (e,))
+        return over_blocks_with_gradients(num_rows, end, size, block, made, (network.gate_EDF.layer, e))
 
     trained = [n for n, dw in enumerate(dw_LEDF) if dw is not None]
     zeros = as_bits(jnp.zeros_like(dy_RD)), None if rows.gates_R is None else jnp.zeros_like(rows.gates_R)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.in_stack import InStack
 from moe.ops.matmul import operand
+from moe.ops.places import entry, slice_of, with_entry, with_slice
 
 HEIGHTS = (32, 64, 96, 128, 192, 256)
 """Of blocks, in rows. A product of fewer rows spends its time on laying out the matrix."""
@@ -25,7 +26,7 @@ Block = Callable[[int, jax.Array, Any], Any]
 def tallest_blocks(num_rows: int, size: jax.Array) -> tuple[int, jax.Array]:
     """The tallest block's height, and how many such a group has behind its first block, which has the rest."""
     tallest = min(HEIGHTS[-1], num_rows)
-    return tallest, jnp.maximum(size - 1, 0) // tallest
+    return tallest, jax.lax.div(jnp.maximum(size - 1, 0), tallest)
 
 
 def over_blocks(num_rows: int, start: jax.Array, size: jax.Array, block: Block, made: Any) -> Any:
@@ -64,7 +65,7 @@ def over_blocks_with_gradients(
 
     def put_in(dw_LEDF: list[jax.Array], dw_DF: list[jax.Array]) -> list[jax.Array]:
         pairs = zip(dw_LEDF, dw_DF, strict=True)
-        return [jax.lax.dynamic_update_slice(all_, dw[None, None], place) for all_, dw in pairs]
+        return [with_entry(all_, dw, place) for all_, dw in pairs]
 
     def write(height, row, made):
         before, dw_LEDF = made
@@ -78,7 +79,7 @@ def over_blocks_with_gradients(
 
     def add_full(_, made):
         before, dw_LEDF = made
-        sum_DF = [jax.lax.dynamic_slice(all_, place, (1, 1, *all_.shape[2:]))[0, 0] for all_ in dw_LEDF]
+        sum_DF = [entry(all_, place) for all_ in dw_LEDF]
         after, sum_DF = jax.lax.fori_loop(0, full, add, (before, sum_DF))
         return after, put_in(dw_LEDF, sum_DF)
 
@@ -92,7 +93,7 @@ def over_blocks_with_gradients(
 def take(x_RD: jax.Array, height: int, row: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
     """The rows from `row` on, or the last ones, and the first's number."""
     first = jnp.minimum(row, x_RD.shape[axis] - height)
-    return from_bits(jax.lax.dynamic_slice_in_dim(as_bits(x_RD), first, height, axis), x_RD.dtype), first
+    return from_bits(slice_of(as_bits(x_RD), first, height, axis), x_RD.dtype), first
 
 
 def belong(first: jax.Array, height: int, row: jax.Array, end: jax.Array) -> jax.Array:
@@ -103,9 +104,9 @@ def belong(first: jax.Array, height: int, row: jax.Array, end: jax.Array) -> jax
 
 def put(all_RF: jax.Array, first: jax.Array, block_bF: jax.Array, mine_b: jax.Array) -> jax.Array:
     """all_RF, of bits, with those rows of the block that are `mine_b`."""
-    before_bF = jax.lax.dynamic_slice_in_dim(all_RF, first, len(mine_b))
+    before_bF = slice_of(all_RF, first, len(mine_b))
     kept_bF = jnp.where(mine_b[:, None], as_bits(block_bF), before_bF)
-    return jax.lax.dynamic_update_slice_in_dim(all_RF, kept_bF, first, 0)
+    return with_slice(all_RF, kept_bF, first)
 
 
 def multiply(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: DTypeLike) -> jax.Array:
@@ -119,7 +120,7 @@ def summed_in(dtype: DTypeLike) -> DTypeLike:
 
 
 def matrices(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Those of the groups e."""
+    """That of group e."""
     if isinstance(w_EDF, InStack):
         return w_EDF.matrices(e, dtype)
-    return from_bits(as_bits(w_EDF)[e], w_EDF.dtype)
+    return from_bits(entry(as_bits(w_EDF), (e,)), w_EDF.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe.ops.bits import as_bits, from_bits
+from moe.ops.places import entry
 from moe.ops.quantize import QuantizedWeight, dequantize
 
 
@@ -34,8 +35,8 @@ class InStack(NamedTuple):
         return self.stack_LEDF.shape[1:]
 
     def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Those of the groups e, i32 of any shape."""
-        found = jax.tree.map(lambda x: from_bits(as_bits(x)[self.layer, e], jnp.bfloat16), self.stack_LEDF)
+        """That of group e."""
+        found = jax.tree.map(lambda x: from_bits(entry(as_bits(x), (self.layer, e)), jnp.bfloat16), self.stack_LEDF)
         return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
 
 
