@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from parallel.rows import inverse_places, no_gradient, take_rows
+from parallel.rows import inverse_places, no_gradient, search_method, take_rows
 
 
 class RowOrder(NamedTuple):
@@ -34,7 +34,9 @@ def sort_rows(buckets_AK: jax.Array, num_buckets: int, most: int | None = None) 
     buckets_R = buckets_AK.reshape(-1)
     choice_R = jnp.argsort(buckets_R, stable=True).astype(jnp.int32)
     row_AK = inverse_places(choice_R, buckets_R.size).reshape(buckets_AK.shape)
-    ends_E = jnp.searchsorted(buckets_R[choice_R], jnp.arange(num_buckets), side="right", method="scan_unrolled")
+    ends_E = jnp.searchsorted(
+        buckets_R[choice_R], jnp.arange(num_buckets), side="right", method=search_method(num_buckets)
+    )
     return RowOrder(choice_R[:most] // num_choices, row_AK, jnp.diff(ends_E.astype(jnp.int32), prepend=0))
 
 
