@@ -67,7 +67,7 @@ def products(precision: Precision) -> tuple[Counter, Counter]:
     def walk(jaxpr, outer: str) -> None:
         for eqn in jaxpr.eqns:
             name = f"{outer}/{eqn.source_info.name_stack}"
-            if eqn.primitive.name == "dot_general" and "BSMH" not in name:
+            if eqn.primitive.name == "dot_general" and "BMSH" not in name:
                 scope = [word for word in re.findall(r"\w+", name) if word in SCOPES][-1]
                 way = "backward" if "transpose(jvp" in name or "backward" in name else "forward"
                 in_8_bits = all(v.aval.dtype == jnp.int8 for v in eqn.invars)
