@@ -116,7 +116,7 @@ def _letters(spec: str) -> tuple[str, str, str]:
 
 
 def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """jnp.einsum(spec, a, b), summed and left in float32."""
+    """jnp.einsum(spec, a, b), summed and left in float32; each axis stands in two parts of the spec, or in all."""
     if platform() != "cpu":
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
     multiply = partial(_einsum_as_it_stands, spec)

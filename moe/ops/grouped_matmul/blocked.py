@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from moe.ops.bits import as_bits, from_bits
 from moe.ops.grouped_matmul.blocks import (
     belong,
-    matrices,
+    matrix,
     multiply,
     over_blocks,
     over_blocks_with_gradients,
@@ -62,7 +62,7 @@ def rows_product(
     ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
 
     def group(e, y_RF):
-        w_DF, end, size = matrices(w_EDF, e, x_RD.dtype), entry(ends_E, (e,)), entry(sizes_E, (e,))
+        w_DF, end, size = matrix(w_EDF, e, x_RD.dtype), entry(ends_E, (e,)), entry(sizes_E, (e,))
 
         def block(height, row, y_RF):
             x_bD, first = take(x_RD, height, row)
@@ -91,7 +91,7 @@ def _few_rows_product(
             y_1F = row_product(x_1D[0], stands, (stack.layer, e))[None]
         else:
             spec = "RF,DF->RD" if contract_w else "RD,DF->RF"
-            y_1F = wide_einsum(spec, x_1D, stack.matrices(e, x_RD.dtype))
+            y_1F = wide_einsum(spec, x_1D, stack.matrix(e, x_RD.dtype))
         return with_slice(y_RF, as_bits(y_1F.astype(dtype)), r)
 
     y_RF = as_bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - contract_w]), dtype))

@@ -28,7 +28,7 @@ class Network(NamedTuple):
 
     def of_group(self, e: jax.Array, dtype: Any) -> list[jax.Array]:
         """w_gate_DF, w_up_DF and w_down_FD."""
-        return [w.matrices(e, dtype) for w in self]
+        return [w.matrix(e, dtype) for w in self]
 
     @property
     def landings(self) -> list[jax.Array | None]:

@@ -119,8 +119,8 @@ def summed_in(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def matrices(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """That of group e."""
+def matrix(w_EDF: jax.Array | InStack, e: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """That of group e, i32[]."""
     if isinstance(w_EDF, InStack):
-        return w_EDF.matrices(e, dtype)
+        return w_EDF.matrix(e, dtype)
     return from_bits(entry(as_bits(w_EDF), (e,)), w_EDF.dtype)

@@ -34,8 +34,8 @@ class InStack(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return self.stack_LEDF.shape[1:]
 
-    def matrices(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """That of group e."""
+    def matrix(self, e: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """That of group e, i32[]."""
         found = jax.tree.map(lambda x: from_bits(entry(as_bits(x), (self.layer, e)), jnp.bfloat16), self.stack_LEDF)
         return dequantize(found, dtype) if isinstance(found, QuantizedWeight) else found.astype(dtype)
 
