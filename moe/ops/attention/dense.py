@@ -1,5 +1,7 @@
 """All scores at once: the plainest backend, and the fastest for short sequences on CPU."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -17,12 +19,15 @@ def dense_attention(
     M = k_BSMH.shape[2]
     q_BMGTH = jnp.moveaxis(q_BTNH.reshape(B, T, M, N // M, H), 1, 3)
     k_BMSH, v_BMSH = (jnp.swapaxes(x_BSMH, 1, 2) for x_BSMH in (k_BSMH, v_BSMH))
+    # Scores in a narrower format are never held in float32.
+    narrow = partial(jnp.einsum, preferred_element_type=softmax)
+    multiply = wide_einsum if jnp.dtype(softmax) == jnp.float32 else narrow
     # As second factors keys are turned around by XLA's CPU backend. Of few queries it is less to turn the scores.
     if T * N // M < H:
-        scores_BMGTS = jnp.moveaxis(wide_einsum("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH), 2, -1)
+        scores_BMGTS = jnp.moveaxis(multiply("BMSH,BMGTH->BMSGT", k_BMSH, q_BMGTH), 2, -1)
     else:
-        scores_BMGTS = wide_einsum("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
-    scores_BMGTS = scores_BMGTS.astype(softmax) * H**-0.5
+        scores_BMGTS = multiply("BMGTH,BMSH->BMGTS", q_BMGTH, k_BMSH)
+    scores_BMGTS *= H**-0.5
     allowed_B11TS = view.mask()[:, None, None]
     # exp of a hidden score is replaced, not only its argument: a row without any visible key must sum to exactly 0.
     scores_BMGTS = jnp.where(allowed_B11TS, scores_BMGTS, jnp.finfo(softmax).min)

@@ -23,7 +23,7 @@ from moe.ops.grouped_matmul.blocks import (
 )
 from moe.ops.grouped_matmul.in_stack import InStack, alone
 from moe.ops.matmul import is_transposed_first, row_product, transposed, wide_einsum
-from moe.ops.places import entry, with_slice
+from moe.ops.places import entry, slice_of, with_slice
 
 
 def blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _few_rows_product(
     in_place = same and contract_w == 0 and x_RD.dtype in (jnp.float32, jnp.bfloat16)
 
     def row(r, y_RF):
-        x_1D, e = from_bits(entry(as_bits(x_RD), (r,))[None], x_RD.dtype), (ends_E <= r).sum()
+        x_1D, e = from_bits(slice_of(as_bits(x_RD), r, 1), x_RD.dtype), (ends_E <= r).sum()
         if in_place:
             y_1F = row_product(x_1D[0], stands, (stack.layer, e))[None]
         else:
